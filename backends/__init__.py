@@ -1,0 +1,1 @@
+"""Run a plan: the torch executor, its launcher and its microbenchmarks."""

@@ -1,0 +1,1 @@
+"""What things cost: chips, links, topologies, kernels, collectives, memory; data and formulas."""

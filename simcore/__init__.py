@@ -1,0 +1,1 @@
+"""What is run: models, workloads, strategies, schedules, programs, the event engine, timelines."""

@@ -1,0 +1,163 @@
+"""When buffers come to life and die: what an executor frees, and the peak of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from simcore.ops import Buffer, Op
+from simcore.program import PERSISTENT, Action, Key, Program
+
+Position = tuple[int, int]  # (index of call in body, index of op in block)
+Drops = Mapping[str, Mapping[Position, tuple[Key, ...]]]  # body -> position -> keys, microbatch 0
+
+
+def positions(program: Program, body: str) -> Iterator[tuple[Position, int, Op]]:
+    """Yield ((call index, op index), layer, op) of a body in issue order."""
+    for number, call in enumerate(program.bodies[body]):
+        for index, op in enumerate(program.blocks[call.block].ops):
+            yield (number, index), call.layer, op
+
+
+def sequences(program: Program, rank: int) -> list[tuple[str, ...]]:
+    """Return the distinct chains of bodies that a microbatch passes on pipeline rank ``rank``."""
+    chains: dict[int, list[str]] = {}
+    for action in program.order[rank]:
+        chains.setdefault(action.microbatch, []).append(action.body)
+    return list(dict.fromkeys(tuple(chain) for chain in chains.values()))
+
+
+def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ...]]]:
+    """Return which buffers die after which op, for every body of pipeline rank ``rank``."""
+    keep = set(program.info.get("keep", ()))
+    found: dict[str, dict[Position, tuple[Key, ...]]] = {}
+    for chain in sequences(program, rank):
+        last: dict[Key, tuple[str, Position]] = {}
+        for body in chain:
+            inside: dict[Key, tuple[str, Position]] = {}
+            for where, layer, op in positions(program, body):
+                for name in (*op.reads, *op.writes):
+                    scope = _scope(program, name)
+                    key = program.key(name, layer, 0)
+                    if scope == "act" and key[0] not in keep:
+                        last[key] = (body, where)
+                    elif scope == "work":
+                        inside[key] = (body, where)
+            _collect(found, inside)
+        _collect(found, last)
+    return found
+
+
+def _scope(program: Program, name: str) -> str:
+    """Return the scope of the storage behind ``name``."""
+    buffer = program.buffer(name)
+    return program.buffers[buffer.base].scope if buffer.base else buffer.scope
+
+
+def _collect(
+    found: dict[str, dict[Position, tuple[Key, ...]]], last: Mapping[Key, tuple[str, Position]]
+) -> None:
+    for key, (body, where) in last.items():
+        table = found.setdefault(body, {})
+        if key not in table.get(where, ()):
+            table[where] = (*table.get(where, ()), key)
+
+
+@dataclass(frozen=True, slots=True)
+class Residents:
+    """Bytes that a pipeline rank keeps for the whole step, by part."""
+
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """Sum over the parts."""
+        return sum(self.parts.values())
+
+
+PARTS = {"weight": "weights", "grad": "gradients", "state": "optimizer", "cache": "kv_cache"}
+
+
+def residents(program: Program, rank: int) -> Residents:
+    """Return the persistent bytes of pipeline rank ``rank``, each storage once."""
+    seen: dict[Key, Buffer] = {}
+    for body in {action.body for action in program.order[rank]}:
+        for _, layer, op in positions(program, body):
+            for name in (*op.reads, *op.writes):
+                if _scope(program, name) in PERSISTENT:
+                    key = program.key(name, layer, 0)
+                    seen[key] = program.buffers[key[0]]
+    parts = dict.fromkeys(PARTS.values(), 0.0)
+    for buffer in seen.values():
+        parts[PARTS[buffer.scope]] += float(buffer.size_bytes)
+    return Residents(parts)
+
+
+@dataclass(slots=True)
+class _Heap:
+    """Live storages with reference counts, since an alias shares its source's storage."""
+
+    program: Program
+    owner: dict[Key, int] = field(default_factory=dict)
+    refs: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, float] = field(default_factory=dict)
+    now: float = 0.0
+    peak: float = 0.0
+    fresh: int = 0
+
+    def bind(self, key: Key, storage: int | None) -> None:
+        """Make ``key`` name ``storage``, or a new one where it is None."""
+        if storage is None:
+            storage = self.fresh = self.fresh + 1
+            size = float(self.program.buffers[key[0]].size_bytes)
+            self.sizes[storage], self.refs[storage] = size, 0
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self.refs[storage] += 1
+        self.release(key)
+        self.owner[key] = storage
+
+    def release(self, key: Key) -> None:
+        """Forget ``key``; its storage dies with its last name."""
+        storage = self.owner.pop(key, None)
+        if storage is None:
+            return
+        self.refs[storage] -= 1
+        if not self.refs[storage]:
+            self.now -= self.sizes[storage]
+
+    def run(self, op: Op, layer: int, microbatch: int) -> None:
+        """Bind what an op writes."""
+        program = self.program
+        for name in op.writes:
+            if _scope(program, name) in PERSISTENT or program.buffer(name).base:
+                continue
+            key = program.key(name, layer, microbatch)
+            source: int | None = None
+            if op.kind in SHARES_STORAGE:
+                source = self.owner.get(program.key(op.reads[0], layer, microbatch))
+            self.bind(key, source)
+
+
+SHARES_STORAGE = frozenset({"alias", "all_reduce"})
+
+
+def activation_peaks(program: Program, rank: int) -> tuple[float, list[tuple[Action, float]]]:
+    """Return the peak bytes of buffers that come and go, and the level after every action."""
+    heap, dying = _Heap(program), drops(program, rank)
+    profile: dict[tuple[str, bool], tuple[float, float]] = {}
+    level, peak, levels = 0.0, 0.0, []
+    for action in program.order[rank]:
+        kind = (action.body, False)
+        if kind not in profile:
+            heap.now, heap.peak = 0.0, 0.0
+            for where, layer, op in positions(program, action.body):
+                heap.run(op, layer, 0)
+                for key in dying.get(action.body, {}).get(where, ()):
+                    heap.release(key)
+            profile[kind] = (heap.now, heap.peak)
+        change, inside = profile[kind]
+        peak = max(peak, level + inside)
+        level += change
+        levels.append((action, level))
+    return peak, levels

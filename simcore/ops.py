@@ -1,0 +1,240 @@
+"""Units of work: `Op`, the buffers that ops touch, and the FLOPs and bytes of every op kind.
+
+An op's ``kind`` keys three registries: `WORK` here (FLOPs and bytes), the seconds in
+`hwmodels.kernels`, and the torch function in `backends.torch_ops`. The dimensions of an op are
+numbers, or numpy arrays when one lowering prices a whole lattice of candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from simcore.dtypes import dtype_bytes
+
+Size = Any  # int, float, or a numpy array of either: one value per candidate of a lattice
+
+COMPUTE = "compute"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One unit of work on one rank.
+
+    ``reads`` and ``writes`` name buffers of the surrounding block; a trailing ``+`` means the
+    next layer's buffer of that name. ``group`` is the mesh axis of a collective.
+    """
+
+    kind: str
+    dims: Mapping[str, Size]
+    dtype: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    stream: str = COMPUTE
+    group: str = ""
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_communication(self) -> bool:
+        """Whether other ranks take part."""
+        return self.kind in COMMUNICATION
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A tensor of a block: local dims, dtype and lifetime.
+
+    ``scope``: ``weight``, ``grad``, ``state`` (kept between steps), ``cache`` (kept between
+    passes), ``data`` (given), ``act`` (one microbatch; freed after its last reader) or ``work``
+    (one action; freed after its last reader).
+    A buffer with a ``base`` is a view of ``dims`` at element ``offset`` of that flat buffer.
+    """
+
+    dims: tuple[Size, ...]
+    dtype: str
+    scope: str = "act"
+    layered: bool = True  # False: one instance for all layers (embedding and head weights)
+    base: str = ""
+    offset: Size = 0
+    part: str = ""  # a view of the rank's equal share of the base along this group
+    pieces: tuple[Size, ...] = ()  # weights: full rows fused along dim 0, each sharded alone
+    shard_dim: int = -1  # weights: the dim split over tp; -1 replicated
+    init: str = "normal"  # normal, ones, zeros
+
+    @property
+    def elements(self) -> Size:
+        """Number of elements held by this rank."""
+        total: Size = 1
+        for dim in self.dims:
+            total = total * dim
+        return total
+
+    @property
+    def size_bytes(self) -> Size:
+        """Bytes held by this rank."""
+        return self.elements * dtype_bytes(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an op costs whatever runs it.
+
+    ``flops`` are matrix-product FLOPs (2 m n k), ``vector_flops`` all other arithmetic;
+    bytes are the compulsory traffic with main memory; ``payload_bytes`` is what a collective
+    carries, in nccl-tests' convention.
+    """
+
+    flops: Size = 0
+    vector_flops: Size = 0
+    read_bytes: Size = 0
+    write_bytes: Size = 0
+    payload_bytes: Size = 0
+
+
+def _matmul(op: Op) -> Work:
+    m, n, k = op.dims["m"], op.dims["n"], op.dims["k"]
+    size = dtype_bytes(op.dtype)
+    weight = dtype_bytes(op.attrs.get("weight_dtype", op.dtype))
+    out = dtype_bytes(op.attrs.get("out_dtype", op.dtype))
+    accumulate = m * n * out if op.attrs.get("accumulate") else 0
+    return Work(
+        flops=2 * m * n * k,
+        read_bytes=m * k * size + n * k * weight + accumulate,
+        write_bytes=m * n * out,
+    )
+
+
+def _embedding(op: Op) -> Work:
+    moved = op.dims["t"] * op.dims["n"] * dtype_bytes(op.dtype)
+    return Work(read_bytes=moved, write_bytes=moved)
+
+
+def _embedding_backward(op: Op) -> Work:
+    rows = op.dims["t"] * op.dims["n"]
+    grad = rows * dtype_bytes(op.attrs.get("out_dtype", op.dtype))
+    return Work(
+        vector_flops=rows, read_bytes=rows * dtype_bytes(op.dtype) + grad, write_bytes=grad
+    )
+
+
+def _elementwise(reads: float, writes: float, flops: float) -> Callable[[Op], Work]:
+    """Return the work of a kind that touches ``t x n`` elements so many times each."""
+
+    def work(op: Op) -> Work:
+        elements = op.dims["t"] * op.dims["n"]
+        size = elements * dtype_bytes(op.dtype)
+        return Work(
+            vector_flops=flops * elements, read_bytes=reads * size, write_bytes=writes * size
+        )
+
+    return work
+
+
+def _attention_pairs(op: Op) -> Size:
+    """Return the query-key pairs that are multiplied, before any causal saving."""
+    return op.dims["b"] * op.dims["h"] * op.dims["s"] * op.dims["kv"]
+
+
+def _attention_io(op: Op) -> tuple[Size, Size]:
+    """Return the bytes of queries (or outputs) and of keys plus values."""
+    d, tokens = op.dims, op.dims["b"]
+    queries = tokens * d["s"] * d["h"] * d["d"] * dtype_bytes(op.dtype)
+    cached = tokens * d["kv"] * d["hkv"] * (d["d"] + d["dv"])
+    return queries, cached * dtype_bytes(op.attrs.get("kv_dtype", op.dtype))
+
+
+def _attention(op: Op) -> Work:
+    queries, keys_values = _attention_io(op)
+    pairs = _attention_pairs(op)
+    lse = op.dims["b"] * op.dims["h"] * op.dims["s"] * 4
+    return Work(
+        flops=2 * pairs * (op.dims["d"] + op.dims["dv"]),
+        vector_flops=5 * pairs,  # scale, max, subtract, exp, sum
+        read_bytes=queries + keys_values,
+        write_bytes=queries + lse,
+    )
+
+
+def _attention_backward(op: Op) -> Work:
+    """Five products: scores again, dV, dP, dQ, dK (FlashAttention-2, algorithm 2)."""
+    queries, keys_values = _attention_io(op)
+    pairs = _attention_pairs(op)
+    return Work(
+        flops=2 * pairs * (3 * op.dims["d"] + 2 * op.dims["dv"]),
+        vector_flops=8 * pairs,
+        read_bytes=3 * queries + keys_values,
+        write_bytes=queries + keys_values,
+    )
+
+
+def _cache_append(op: Op) -> Work:
+    moved = op.dims["t"] * op.dims["n"]
+    return Work(
+        read_bytes=moved * dtype_bytes(op.dtype),
+        write_bytes=moved * dtype_bytes(op.attrs.get("kv_dtype", op.dtype)),
+    )
+
+
+def _adam(op: Op) -> Work:
+    """Read gradient, parameter, two moments; write the last three (and a low-precision copy)."""
+    n = op.dims["n"]
+    grad = dtype_bytes(op.attrs["grad_dtype"])
+    weight = dtype_bytes(op.dtype)
+    master = 4.0 if op.attrs.get("master") else 0.0
+    return Work(
+        vector_flops=12 * n,
+        read_bytes=n * (grad + weight + 8 + master),
+        write_bytes=n * (weight + 8 + master),
+    )
+
+
+def _fill(op: Op) -> Work:
+    return Work(write_bytes=op.dims["n"] * dtype_bytes(op.dtype))
+
+
+def _collective(op: Op) -> Work:
+    return Work(payload_bytes=op.dims["n"] * dtype_bytes(op.dtype))
+
+
+COMMUNICATION = frozenset({"all_reduce", "all_gather", "reduce_scatter", "send", "recv"})
+
+WORK: dict[str, Callable[[Op], Work]] = {
+    "matmul": _matmul,
+    "embedding": _embedding,
+    "embedding_backward": _embedding_backward,
+    "rmsnorm": _elementwise(1, 1, 4),
+    "rmsnorm_backward": _elementwise(2, 1, 10),
+    "layernorm": _elementwise(1, 1, 7),
+    "layernorm_backward": _elementwise(2, 1, 14),
+    "rope": _elementwise(1, 1, 6),
+    "swiglu": _elementwise(2, 1, 5),
+    "swiglu_backward": _elementwise(3, 2, 10),
+    "gelu": _elementwise(1, 1, 8),
+    "gelu_backward": _elementwise(2, 1, 12),
+    "relu": _elementwise(1, 1, 1),
+    "relu_backward": _elementwise(2, 1, 1),
+    "add": _elementwise(2, 1, 1),
+    "bias": _elementwise(1, 1, 1),
+    "sum_rows": _elementwise(1, 0, 1),
+    "softmax_stats": _elementwise(1, 0, 4),
+    "softmax_loss": _elementwise(1, 0, 4),
+    "softmax_backward": _elementwise(1, 1, 4),
+    "sample": _elementwise(1, 0, 1),
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "cache_append": _cache_append,
+    "adam": _adam,
+    "fill": _fill,
+    "alias": lambda op: Work(),
+    "all_reduce": _collective,
+    "all_gather": _collective,
+    "reduce_scatter": _collective,
+    "send": _collective,
+    "recv": _collective,
+}
+
+
+def work(op: Op) -> Work:
+    """Return the FLOPs and bytes of ``op``."""
+    return WORK[op.kind](op)

@@ -1,0 +1,108 @@
+"""How work is laid over ranks: mesh degrees and the switches that change the program."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from simcore.errors import InputError
+from simcore.models import ModelSpec
+from simcore.workloads import TrainStep
+
+# Outermost first: neighbouring ranks differ in tp, then cp, then dp, then pp (Megatron-LM's order).
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelStrategy:
+    """Degrees of the device mesh and the options of the parallel strategy.
+
+    World size = pp x dp_replicate x dp_shard x cp x tp.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    microbatch: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    layers_per_stage: tuple[int, ...] = ()
+    zero_stage: int | None = None  # None: 3 where dp_shard > 1, else 0
+    sequence_parallel: bool = False
+    recompute: str = "none"
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def dp(self) -> int:
+        """Number of ranks that see different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def zero(self) -> int:
+        """The sharding stage in force."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return 3 if self.dp_shard > 1 else 0
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Return the rank's index along every mesh axis."""
+        found: dict[str, int] = {}
+        for axis in reversed(MESH_AXES):
+            rank, found[axis] = divmod(rank, getattr(self, axis))
+        return {axis: found[axis] for axis in MESH_AXES}
+
+
+def microbatches(parallel: ParallelStrategy, workload: TrainStep) -> int:
+    """Return the microbatches per replica and step: global_batch / (dp x microbatch)."""
+    count, rest = divmod(workload.global_batch, parallel.dp * parallel.microbatch)
+    if rest or count == 0:
+        raise InputError(
+            f"global_batch {workload.global_batch} is not a multiple of dp {parallel.dp} x "
+            f"microbatch {parallel.microbatch}: change [workload].global_batch or "
+            "[parallel].microbatch."
+        )
+    return count
+
+
+def stage_layers(model: ModelSpec, parallel: ParallelStrategy) -> tuple[int, ...]:
+    """Return the layers of every (virtual) stage, split as evenly as can be, earlier ones first."""
+    stages = parallel.pp * parallel.virtual_stages
+    if parallel.layers_per_stage:
+        if len(parallel.layers_per_stage) != stages or sum(parallel.layers_per_stage) != model.layers:
+            raise InputError(
+                f"[parallel].layers_per_stage {list(parallel.layers_per_stage)} must list {stages} "
+                f"stages that sum to the model's {model.layers} layers."
+            )
+        return parallel.layers_per_stage
+    if stages > model.layers:
+        raise InputError(
+            f"pp {parallel.pp} x virtual_stages {parallel.virtual_stages} exceeds the model's "
+            f"{model.layers} layers: lower [parallel].pp or virtual_stages."
+        )
+    each, extra = divmod(model.layers, stages)
+    return tuple(each + (stage < extra) for stage in range(stages))
+
+
+def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> None:
+    """Raise `InputError` where the strategy cannot be laid over ``world`` ranks."""
+    if parallel.world != world:
+        degrees = " x ".join(f"{a} {getattr(parallel, a)}" for a in MESH_AXES)
+        raise InputError(
+            f"the mesh {degrees} = {parallel.world} ranks but the cluster has {world}: make "
+            "[parallel] and [cluster] agree."
+        )
+    for what, size in (("heads", model.heads), ("ffn", model.ffn), ("vocab", model.vocab)):
+        if what != "vocab" and size % parallel.tp:
+            near = math.gcd(size, parallel.tp)
+            raise InputError(
+                f"tp {parallel.tp} does not divide the model's {what} {size}: "
+                f"[parallel].tp = {near} does."
+            )
+    stage_layers(model, parallel)

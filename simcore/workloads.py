@@ -1,0 +1,48 @@
+"""What is to be run: a training step, a generation, one collective or one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One optimizer step over ``global_batch`` sequences of ``seq_len`` tokens."""
+
+    global_batch: int
+    seq_len: int
+    optimizer: str = "adam"
+    params_dtype: str = ""  # "" means the model's weights_dtype
+    grads_dtype: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """``batch`` prompts of ``input_tokens`` tokens, each continued by ``output_tokens``."""
+
+    batch: int
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveCall:
+    """One collective over the first ``ranks`` ranks; ``size_bytes`` in nccl-tests' convention."""
+
+    op: str
+    size_bytes: float
+    ranks: int
+    dtype: str = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """One operator on one device: its kind and its dimensions."""
+
+    op: str
+    dims: Mapping[str, float] = field(default_factory=dict)
+    dtype: str = "bf16"
+
+
+Workload = TrainStep | Generation | CollectiveCall | OpCall

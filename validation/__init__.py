@@ -1,0 +1,1 @@
+"""Was the prediction right: measurements, calibration, comparison, reports and plots."""
