@@ -349,10 +349,11 @@ def _pipeline_bodies(
     for stage, count in enumerate(layers):
         units = _units(first, count, embed=stage == 0, head=stage == last)
         bodies |= _stage_bodies(low, stage, units)
-        for kind, layer in (("RECV_F", first), ("SEND_B", first),
-                            ("SEND_F", first + count), ("RECV_B", first + count)):
-            if last:
-                bodies[f"{stage}{kind}"] = (Call(kind.lower(), layer),)
+        if stage:
+            bodies |= {f"{stage}{kind}": (Call(kind.lower(), first),) for kind in ("RECV_F", "SEND_B")}
+        if stage < last:
+            bodies |= {f"{stage}{kind}": (Call(kind.lower(), first + count),)
+                       for kind in ("SEND_F", "RECV_B")}
         first += count
     if low.model.tied_embeddings and last:
         _tie(low, bodies, last)

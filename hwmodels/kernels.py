@@ -1,0 +1,120 @@
+"""Seconds of compute ops on a chip, one function per op kind.
+
+Without measurements an op takes its launch plus the roofline (Williams et al. 2009):
+max(FLOPs / peak, bytes / bandwidth). A calibrated profile replaces that, kind by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hwmodels.hardware import Chip
+from simcore.errors import InputError
+from simcore.ops import COMMUNICATION, WORK, Op, Size, work
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFit:
+    """Measured seconds of one op kind.
+
+    ``points``: rising (elements, seconds), interpolated in their logarithms, for kinds whose cost
+    follows one size; ``coefficients``: seconds per unit of each feature, for the others.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    residual: float = 0.0  # median absolute relative error on the shapes that were fitted
+
+
+def moved_bytes(op: Op) -> Size:
+    """Return the compulsory traffic of ``op`` with main memory."""
+    done = work(op)
+    return done.read_bytes + done.write_bytes
+
+
+FEATURES: dict[str, Callable[[Op], Size]] = {
+    "one": lambda op: 1.0,
+    "flops": lambda op: work(op).flops,
+    "bytes": moved_bytes,
+    "vector": lambda op: work(op).vector_flops,
+    "weight_bytes": lambda op: op.dims["n"] * op.dims["k"] * 4.0,
+    "rows": lambda op: op.dims["m"],
+    "heads": lambda op: op.dims["b"] * op.dims["h"],
+    "queries": lambda op: op.dims["b"] * op.dims["h"] * op.dims["s"],
+    "packed": lambda op: op.dims["b"] * op.dims["s"] * (op.dims["h"] + 2 * op.dims["hkv"])
+    * op.dims["d"],
+    "elements": lambda op: elements(op),
+}
+
+
+def elements(op: Op) -> Size:
+    """Return the size that the cost of a one-size kind follows."""
+    return op.dims["n"] * op.dims.get("t", 1)
+
+
+def family(op: Op) -> str:
+    """Return the key of the op's measurements: its kind, and its layout for products."""
+    if op.kind == "matmul":
+        return f"matmul.{op.attrs['layout']}"
+    if op.kind == "attention" and len(op.reads) > 1:
+        return "attention.cached"
+    return op.kind
+
+
+def interpolate(points: tuple[tuple[float, float], ...], size: Size) -> Size:
+    """Return seconds at ``size``: linear in logarithms, the last slope kept beyond the ends."""
+    x, y = np.log(np.array(points)).T
+    at = np.log(np.maximum(np.asarray(size, dtype=np.float64), 1e-300))
+    inside = np.interp(at, x, y)
+    if len(points) < 2:
+        return np.exp(inside)
+    above = y[-1] + np.maximum(1.0, (y[-1] - y[-2]) / (x[-1] - x[-2])) * (at - x[-1])
+    return np.exp(np.where(at > x[-1], above, inside))
+
+
+def roofline(op: Op, chip: Chip) -> Size:
+    """Return launch plus the larger of arithmetic and traffic time."""
+    done = work(op)
+    peak = chip.peak_flops_per_s.get(op.dtype) or chip.vector_flops_per_s
+    arithmetic = done.flops / peak + done.vector_flops / chip.vector_flops_per_s
+    traffic = (done.read_bytes + done.write_bytes) / chip.hbm.bytes_per_s
+    if op.kind == "alias":
+        return 0.0
+    return chip.launch_s + np.maximum(arithmetic, traffic)
+
+
+def fitted(op: Op, fit: KernelFit) -> Size:
+    """Return the seconds that a fit gives."""
+    if fit.points:
+        return interpolate(fit.points, elements(op))
+    return sum(value * FEATURES[name](op) for name, value in fit.coefficients.items())
+
+
+KERNELS: dict[str, Callable[[Op, Chip], Size]] = dict.fromkeys(
+    (kind for kind in WORK if kind not in COMMUNICATION), roofline
+)
+
+
+def kernel_seconds(op: Op, chip: Chip, fits: Mapping[str, KernelFit]) -> Size:
+    """Return the seconds of a compute op: from the profile where it knows the kind."""
+    fit = fits.get(family(op))
+    return fitted(op, fit) if fit else KERNELS[op.kind](op, chip)
+
+
+def read_kernel_fits(table: Mapping[str, Any], where: str) -> dict[str, KernelFit]:
+    """Return the fits of a profile's table. Raises `InputError` for an ill-formed one."""
+    found = {}
+    for name, row in table.items():
+        try:
+            points = tuple((float(a), float(b)) for a, b in row.get("points", ()))
+            coefficients = {str(k): float(v) for k, v in row.get("coefficients", {}).items()}
+            if set(coefficients) - set(FEATURES):
+                raise ValueError(f"unknown feature among {sorted(coefficients)}")
+            found[name] = KernelFit(points, coefficients, float(row.get("residual", 0.0)))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: kernel {name!r} is ill-formed ({error}): calibrate anew.") from None
+    return found

@@ -1,0 +1,54 @@
+"""What the estimator and the engine ask of hardware: two protocols that `hwmodels` implements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from simcore.ops import Op, Size
+
+
+class CostModel(Protocol):
+    """Seconds of ops on one rank of a mesh."""
+
+    synchronous: bool
+    """Whether the host runs compute itself (a CPU) rather than launching it ahead."""
+
+    def seconds(self, op: Op) -> Size:
+        """Return how long ``op`` occupies its stream; never negative, vectorised over dims.
+
+        Not asked of ``send`` and ``recv``, whose time belongs to the `Network`.
+        """
+        ...
+
+    def issue_seconds(self, op: Op) -> Size:
+        """Return how long the host is busy to start ``op``."""
+        ...
+
+    def blocking_share(self, op: Op) -> float:
+        """Return the share of a communication's time in which its rank cannot compute, 0 to 1."""
+        ...
+
+
+class Network(Protocol):
+    """Flows between ranks."""
+
+    def path(self, src: int, dst: int) -> Sequence[int]:
+        """Return the links that a message crosses."""
+        ...
+
+    def latency(self, path: Sequence[int]) -> float:
+        """Return the seconds before the first byte arrives, software included."""
+        ...
+
+    def rates(self, paths: Sequence[Sequence[int]]) -> Sequence[float]:
+        """Return the bytes per second of every flow when all run together."""
+        ...
+
+
+def transfer_seconds(network: Network, src: int, dst: int, size_bytes: float) -> float:
+    """Return the seconds of one message that has every link to itself."""
+    path = network.path(src, dst)
+    if not path:
+        return 0.0
+    return network.latency(path) + size_bytes / float(network.rates([path])[0])

@@ -1,0 +1,311 @@
+"""The discrete-event engine (simpy): ranks, their streams, rendezvous and fluid links.
+
+Every followed rank is a process that issues its actions in order. Work is queued on streams;
+messages and collectives start when all their ranks have come; flows share links max-min fairly
+and their finish is planned anew whenever the set of flows changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpy
+
+from simcore.costs import CostModel, Network
+from simcore.estimate import is_message, needs, representative, templates
+from simcore.liveness import positions
+from simcore.ops import COMPUTE, Op, work
+from simcore.program import Action, Key, Program, coordinates, group_ranks
+from simcore.templates import Template, price
+from simcore.timeline import RankTimes, Span, Timeline, timeline, uncovered, union
+
+Process = Generator[simpy.Event, Any, None]
+DETAIL_LIMIT = 60_000  # ops in a step up to which every op is an event of its own
+
+
+class FluidLinks:
+    """Flows that share links; finish times are re-planned when the set of flows changes."""
+
+    def __init__(self, env: simpy.Environment, network: Network) -> None:
+        self.env, self.network = env, network
+        self.flows: dict[simpy.Event, tuple[Sequence[int], float]] = {}  # done -> path, bytes left
+        self.rates: dict[simpy.Event, float] = {}
+        self.updated = 0.0
+        self.version = 0
+
+    def send(self, src: int, dst: int, size: float) -> Process:
+        """Complete when the last byte of ``size`` has arrived."""
+        path = self.network.path(src, dst)
+        if not path:
+            return
+        yield self.env.timeout(self.network.latency(path))
+        if size > 0:
+            done = self.env.event()
+            self._settle()
+            self.flows[done] = (path, size)
+            self._plan()
+            yield done
+
+    def _settle(self) -> None:
+        elapsed, self.updated = self.env.now - self.updated, self.env.now
+        for done, (path, left) in self.flows.items():
+            self.flows[done] = (path, left - elapsed * self.rates[done])
+
+    def _plan(self) -> None:
+        self.version += 1
+        if not self.flows:
+            return
+        rates = self.network.rates([path for path, _ in self.flows.values()])
+        self.rates = {done: float(rate) for done, rate in zip(self.flows, rates, strict=True)}
+        first = min(self.flows, key=lambda done: self.flows[done][1] / self.rates[done])
+        wait = max(0.0, self.flows[first][1] / self.rates[first])
+        self.env.process(self._finish(first, wait, self.version))
+
+    def _finish(self, done: simpy.Event, wait: float, version: int) -> Process:
+        yield self.env.timeout(wait)
+        if version != self.version:
+            return
+        self._settle()
+        del self.flows[done]
+        done.succeed()
+        self._plan()
+
+
+@dataclass(slots=True)
+class _Meeting:
+    """Ranks that come to the same collective, or the two ends of a message."""
+
+    expected: int
+    ready: simpy.Event
+    done: simpy.Event
+    arrived: int = 0
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What the engine keeps per followed rank."""
+
+    number: int
+    stage_rank: int
+    tails: dict[str, simpy.Event] = field(default_factory=dict)  # last work queued per stream
+    ready: dict[Key, simpy.Event] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    compute_s: float = 0.0
+    exposed_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Engine:
+    """One simulated step."""
+
+    program: Program
+    cost: CostModel
+    network: Network
+    ranks: Sequence[int]
+    detail: bool
+    slowdown: Mapping[int, float] = field(default_factory=dict)  # rank -> compute time factor
+    env: simpy.Environment = field(default_factory=simpy.Environment)
+    links: FluidLinks = field(init=False)
+    meetings: dict[Any, _Meeting] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    laid: Mapping[str, Template] = field(default_factory=dict)
+    waits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prices: dict[tuple[str, int], tuple[float, float, float]] = field(default_factory=dict)
+    states: dict[int, _Rank] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.links = FluidLinks(self.env, self.network)
+        for rank in self.ranks:
+            stage = coordinates(self.program.mesh, rank)["pp"]
+            self.states[rank] = _Rank(rank, stage)
+        if not self.detail:
+            self.laid = templates(self.program, self.cost)
+            self.waits = needs(self.program)
+
+    def run(self) -> Timeline:
+        """Return the timeline once every rank has finished."""
+        running = [self.env.process(self._rank(state)) for state in self.states.values()]
+        everything = self.env.all_of(running)
+        self.env.run()
+        if not everything.triggered:
+            raise RuntimeError("the order deadlocks: some ranks wait for messages never sent")
+        step = float(self.env.now)
+        if self.detail:
+            return timeline(self.spans, step)
+        return Timeline(step, tuple(self.spans), self._times(step))
+
+    def _times(self, step: float) -> dict[int, RankTimes]:
+        found = {}
+        for rank, state in self.states.items():
+            mine = [s for s in self.spans if s.rank == rank]
+            acting = union((s.start_s, s.end_s) for s in mine if s.stream == COMPUTE)
+            flowing = union((s.start_s, s.end_s) for s in mine if s.stream != COMPUTE)
+            exposed = state.exposed_s + uncovered(flowing, acting)
+            found[rank] = RankTimes(state.compute_s, exposed,
+                                    max(0.0, step - state.compute_s - exposed))
+        return found
+
+    # -- ranks ---------------------------------------------------------------------------------
+
+    def _rank(self, state: _Rank) -> Process:
+        for action in self.program.order[state.stage_rank]:
+            if self.detail or is_message(action):
+                yield from self._ops(state, action)
+            else:
+                yield from self._whole(state, action)
+        for tail in list(state.tails.values()):
+            yield tail
+
+    def _ops(self, state: _Rank, action: Action) -> Process:
+        """Issue an action op by op, as the executor does."""
+        body = self.program.bodies[action.body]
+        for (number, index), layer, op in positions(self.program, action.body):
+            block = body[number].block
+            if (block, index) not in self.prices:
+                seconds, issue, blocking = price(op, self.cost)
+                self.prices[block, index] = float(seconds), float(issue), blocking
+            seconds, issue, blocking = self.prices[block, index]
+            if issue:
+                yield self.env.timeout(issue)
+            waits = [state.ready[key] for key in self._keys(op.reads, layer, action, state)]
+            begun, done = self.env.event(), self.env.event()
+            for name in op.writes:
+                state.ready[self.program.key(name, layer, action.microbatch)] = done
+            before = state.tails.get(op.stream)
+            state.tails[op.stream] = done
+            self.env.process(self._work(state, op, action, layer, seconds, waits, before, begun, done))
+            if op.stream == COMPUTE:
+                if self.cost.synchronous:
+                    yield done
+            elif blocking:
+                yield begun
+                yield self.env.timeout(blocking * seconds)
+
+    def _keys(self, names: Sequence[str], layer: int, action: Action, state: _Rank) -> list[Key]:
+        keys = (self.program.key(name, layer, action.microbatch) for name in names)
+        return [key for key in keys if key in state.ready]
+
+    def _work(
+        self, state: _Rank, op: Op, action: Action, layer: int, seconds: float,
+        waits: list[simpy.Event], before: simpy.Event | None, begun: simpy.Event, done: simpy.Event,
+    ) -> Process:
+        for event in (*waits, *((before,) if before is not None else ())):
+            if not event.processed:
+                yield event
+        if op.kind in ("send", "recv"):
+            start = yield from self._message(state, op, action, layer)
+        elif op.is_communication:
+            start = yield from self._collective(state, op, seconds, begun)
+        else:
+            start = self.env.now
+            yield self.env.timeout(seconds * self.slowdown.get(state.number, 1.0))
+        if not begun.triggered:
+            begun.succeed()
+        done.succeed()
+        if op.kind != "alias":
+            spent = work(op)
+            self.spans.append(Span(state.number, op.stream, op.kind, start, self.env.now,
+                                   str(action), float(spent.payload_bytes), float(spent.flops)))
+
+    def _meet(self, key: Any, expected: int) -> _Meeting:
+        if key not in self.meetings:
+            self.meetings[key] = _Meeting(expected, self.env.event(), self.env.event())
+        meeting = self.meetings[key]
+        meeting.arrived += 1
+        if meeting.arrived == meeting.expected:
+            meeting.ready.succeed()
+            del self.meetings[key]
+        return meeting
+
+    def _collective(
+        self, state: _Rank, op: Op, seconds: float, begun: simpy.Event
+    ) -> Generator[simpy.Event, Any, float]:
+        """Start when every followed member has come; last as long as the cost model says."""
+        members = group_ranks(self.program.mesh, op.group, state.number)
+        present = [rank for rank in members if rank in self.states]
+        number = state.counts[op.group] = state.counts.get(op.group, 0) + 1
+        if len(present) > 1:
+            meeting = self._meet((op.group, members[0], number), len(present))
+            yield meeting.ready
+        begun.succeed()
+        start = float(self.env.now)
+        yield self.env.timeout(seconds)
+        return start
+
+    def _message(
+        self, state: _Rank, op: Op, action: Action, layer: int
+    ) -> Generator[simpy.Event, Any, float]:
+        """Start when both ends have come; share the links with other flows."""
+        where = coordinates(self.program.mesh, state.number)
+        peer = group_ranks(self.program.mesh, "pp", state.number)[where["pp"] + op.attrs["peer"]]
+        ends = (state.number, peer) if op.kind == "send" else (peer, state.number)
+        meeting = self._meet((ends, op.attrs["channel"], layer, action.microbatch), 2)
+        yield meeting.ready
+        start = float(self.env.now)
+        if op.kind == "send":
+            yield from self.links.send(*ends, float(work(op).payload_bytes))
+            meeting.done.succeed()
+        else:
+            yield meeting.done
+        return start
+
+    def _whole(self, state: _Rank, action: Action) -> Process:
+        """Run an action as one piece, from its template."""
+        template = self.laid[action.body]
+        for kind in self.waits[action.body]:
+            layer = self.program.bodies[f"{action.stage}{kind}"][0].layer
+            name = "h" if kind == "RECV_F" else "d.h"
+            event = state.ready[self.program.key(name, layer, action.microbatch)]
+            if not event.processed:
+                yield event
+        streams = state.tails if action.kind == "O" else template.ends
+        for stream in list(streams):
+            tail = state.tails.get(stream)
+            if tail is not None and not tail.processed and (
+                action.kind == "O" or not stream.startswith(("send", "recv"))
+            ):
+                yield tail
+        start = float(self.env.now)
+        factor = self.slowdown.get(state.number, 1.0)
+        for stream, end in template.ends.items():
+            if stream != COMPUTE:
+                state.tails[stream] = self.env.timeout(float(end) * factor)
+        yield self.env.timeout(float(template.compute_end_s) * factor)
+        written = self.env.event().succeed()
+        for kind, name in (("SEND_F", "h"), ("SEND_B", "d.h")):
+            body = self.program.bodies.get(f"{action.stage}{kind}")
+            if body:
+                state.ready.setdefault(
+                    self.program.key(name, body[0].layer, action.microbatch), written
+                )
+        state.compute_s += float(template.compute_s) * factor
+        state.exposed_s += template.exposed_s
+        self.spans.append(Span(state.number, COMPUTE, action.body, start, float(self.env.now),
+                               str(action)))
+
+
+def count_ops(program: Program) -> int:
+    """Return the ops of one step over the pipeline ranks."""
+    sizes = {body: sum(len(program.blocks[call.block].ops) for call in calls)
+             for body, calls in program.bodies.items()}
+    return sum(sizes[action.body] for actions in program.order for action in actions)
+
+
+def simulate(
+    program: Program, cost: CostModel, network: Network, *, detail: bool | None = None,
+    every_rank: bool = False, slowdown: Mapping[int, float] | None = None,
+) -> Timeline:
+    """Return the simulated timeline of one step.
+
+    Ranks with equal stages are folded into one unless ``every_rank``; ``slowdown`` (rank to
+    factor on its compute) makes stragglers and needs ``every_rank``. With ``detail`` every op is
+    an event of its own; by default where the step has at most ``DETAIL_LIMIT`` ops.
+    """
+    ranks = range(program.world) if every_rank else [
+        representative(program, rank) for rank in range(len(program.order))
+    ]
+    if detail is None:
+        detail = every_rank or count_ops(program) <= DETAIL_LIMIT
+    return Engine(program, cost, network, list(ranks), detail, slowdown or {}).run()
