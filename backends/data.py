@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backends.interpreter import seeded
+from backends.weights import seeded
 from simcore.program import Program, coordinates
 
 
 def sequence(seed: int, number: int, length: int, vocab: int) -> Tensor:
     """Return sequence ``number`` of the run: ``length`` + 1 token numbers."""
     return torch.randint(vocab, (length + 1,), generator=seeded(seed, "sequence", number))
+
+
+def replica_of(program: Program, rank: int) -> int:
+    """Return which of the replicas, each with sequences of its own, the rank belongs to."""
+    where = coordinates(program.mesh, rank)
+    return where["dp_replicate"] * program.mesh["dp_shard"] + where["dp_shard"]
 
 
 def training_data(
@@ -22,9 +28,8 @@ def training_data(
     Sequence numbers run over microbatches, then replicas, then rows, so that the global batch
     does not depend on the layout.
     """
-    info, where = program.info, coordinates(program.mesh, rank)
+    info, replica = program.info, replica_of(program, rank)
     batch, length = int(info["batch"]), int(info["seq_len"])
-    replica = where["dp_replicate"] * program.mesh["dp_shard"] + where["dp_shard"]
     data: dict[tuple[str, int], Tensor] = {}
     for microbatch in range(int(info["microbatches"])):
         first = (microbatch * int(info["dp"]) + replica) * batch
@@ -35,3 +40,18 @@ def training_data(
         data["targets", microbatch] = rows[:, 1:].reshape(-1)
         data["positions", microbatch] = torch.arange(length, device=device).repeat(batch)
     return data
+
+
+def prompts(program: Program, rank: int, seed: int, length: int, device: torch.device) -> Tensor:
+    """Return the prompts of this rank's replica, [batch, length]."""
+    batch = int(program.info["batch"])
+    first = replica_of(program, rank) * batch
+    rows = [sequence(seed, first + row, length, int(program.info["vocab"])) for row in range(batch)]
+    return torch.stack(rows)[:, :length].to(device)
+
+
+def pass_data(tokens: Tensor, cached: int) -> dict[tuple[str, int], Tensor]:
+    """Return the tokens [batch, new] of a pass and their positions, as a program reads them."""
+    batch, new = tokens.shape
+    positions = torch.arange(cached, cached + new, device=tokens.device)
+    return {("tokens", 0): tokens.reshape(-1), ("positions", 0): positions.repeat(batch)}

@@ -7,19 +7,20 @@ buffer after its last reader.
 
 from __future__ import annotations
 
-import time
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from backends.clock import Clock, Mark, clock_of
 from backends.torch_ops import OPS, TORCH_DTYPES, Context
 from backends.transport import Handle, Transport
+from backends.weights import drawn_weights, flat_weights
+from simcore.errors import RunError
 from simcore.liveness import drops
-from simcore.ops import COMPUTE, Buffer, Op
+from simcore.ops import COMPUTE, Op
 from simcore.program import (
     PERSISTENT,
     Action,
@@ -30,45 +31,47 @@ from simcore.program import (
     group_ranks,
 )
 
-WEIGHT_STD = 0.02
+
+class Watcher(Protocol):
+    """Sees every op of a step: what it reads before it runs, and the rank after it ran."""
+
+    def before(self, op: Op, layer: int, reads: Sequence[Tensor]) -> None:
+        """Look at an op that is about to run."""
+
+    def after(self, interpreter: Interpreter, written: Sequence[Tensor]) -> None:
+        """Look at the rank after an op, before what it replaces or ends is dropped."""
 
 
-def seeded(*parts: object) -> torch.Generator:
-    """Return a CPU generator whose seed is a checksum of ``parts``."""
-    text = "/".join(map(str, parts))
-    return torch.Generator().manual_seed(zlib.crc32(text.encode()))
+@dataclass(slots=True)
+class RawSpan:
+    """A span whose ends are still marks of the clock."""
+
+    stream: str
+    name: str
+    start: Mark
+    end: Mark
+    action: str
 
 
-def dense_weight(
-    name: str, layer: int, buffer: Buffer, tp: int, seed: int, dtype: torch.dtype
-) -> Tensor:
-    """Return the whole weight of which ranks hold shards; the same on every rank."""
-    dims = list(buffer.dims)
-    if buffer.shard_dim == 0:
-        dims[0] = sum(buffer.pieces)
-    elif buffer.shard_dim == 1:
-        dims[1] *= tp
-    if buffer.init in ("ones", "zeros"):
-        return torch.full(dims, float(buffer.init == "ones"), dtype=dtype)
-    noise = torch.randn(dims, generator=seeded(seed, name, layer), dtype=torch.float32)
-    return noise.mul_(WEIGHT_STD).to(dtype)
+@dataclass(slots=True)
+class Flight:
+    """Communication that was started and not waited for."""
 
+    handle: Handle
+    span: RawSpan | None
 
-def shard_weight(whole: Tensor, buffer: Buffer, index: int, tp: int) -> Tensor:
-    """Return the part of ``whole`` that tensor rank ``index`` holds, zero-padded where it ends."""
-    if buffer.shard_dim < 0 or tp == 1:
-        return whole
-    if buffer.shard_dim == 1:
-        return whole.chunk(tp, 1)[index]
-    parts, first = [], 0
-    for piece in buffer.pieces:
-        rows = -(-piece // tp)
-        part = whole[first : first + piece][index * rows : (index + 1) * rows]
-        if part.shape[0] < rows:
-            part = torch.cat((part, part.new_zeros(rows - part.shape[0], *part.shape[1:])))
-        parts.append(part)
-        first += piece
-    return torch.cat(parts)
+    def finished_at(self, clock: Clock) -> None:
+        """Have the span end when the communication does, where the backend can tell."""
+        span = self.span
+        assert span is not None
+
+        def stamp(_: object) -> None:
+            span.end = clock.mark()
+
+        try:
+            self.handle.get_future().add_done_callback(stamp)  # type: ignore[attr-defined]
+        except (AttributeError, RuntimeError):  # messages over gloo have no future
+            return
 
 
 @dataclass(slots=True)
@@ -84,21 +87,24 @@ class Interpreter:
     local_weights: bool = False  # draw shards directly: for shapes too large to draw whole
     record: bool = False
     dtype: torch.dtype | None = None  # overrides every float dtype (exact tests use float64)
+    watcher: Watcher | None = None
     tensors: dict[Key, Tensor] = field(default_factory=dict)
     views: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    pending: dict[Key, tuple[Handle, tuple[Any, ...]]] = field(default_factory=dict)
-    spans: list[tuple[str, str, float, float, str]] = field(default_factory=list)
+    pending: dict[Key, Flight] = field(default_factory=dict)
+    spans: list[RawSpan] = field(default_factory=list)
     results: dict[str, list[Tensor]] = field(default_factory=dict)
     step: int = 0
+    clock: Clock = field(init=False)
     where: dict[str, int] = field(init=False)
     context: Context = field(init=False)
     dying: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         mesh = self.program.mesh
+        self.clock = clock_of(self.device)
         self.where = coordinates(mesh, self.rank)
         self.context = Context(self.index, lambda axis: axis_degree(mesh, axis), self.device,
-                               self.fused)
+                               self.fused, dtype=self.dtype)
         self.dying = drops(self.program, self.where["pp"])
 
     def index(self, group: str) -> int:
@@ -112,66 +118,59 @@ class Interpreter:
 
     def torch_dtype(self, dtype: str) -> torch.dtype:
         """Return the torch dtype in which ``dtype`` is kept in this run."""
+        if dtype not in TORCH_DTYPES:
+            raise RunError(
+                f"dtype {dtype!r} is priced but not executed: run with one of "
+                f"{', '.join(TORCH_DTYPES)}."
+            )
         found = TORCH_DTYPES[dtype]
         return self.dtype if self.dtype is not None and found.is_floating_point else found
 
     # -- persistent buffers ------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Create weights, gradients and optimizer states of this rank."""
-        for action in dict.fromkeys((a.stage, a.kind) for a in self.actions):
-            for call, _, op in self.program.ops(f"{action[0]}{action[1]}"):
-                for name in (*op.reads, *op.writes):
-                    self._create(name, call.layer)
+    def prepare(self, cache_rows: int = 0) -> None:
+        """Create what this rank keeps: weights, gradients, optimizer states, key-value caches.
 
-    def _create(self, name: str, layer: int) -> None:
-        buffer = self.program.buffer(name)
-        root = self.program.buffers[buffer.base] if buffer.base else buffer
+        A cache is made for ``cache_rows`` rows per sequence.
+        """
+        for body in dict.fromkeys(action.body for action in self.actions):
+            for call, _, op in self.program.ops(body):
+                for name in (*op.reads, *op.writes):
+                    self._create(name, call.layer, cache_rows)
+
+    def _create(self, name: str, layer: int, cache_rows: int = 0) -> None:
         key = self.program.key(name, layer, 0)
-        if root.scope not in PERSISTENT or key in self.tensors or root.scope == "cache":
+        root = self.program.buffers[key[0]]
+        if root.scope not in PERSISTENT or key in self.tensors:
             return
         if root.scope == "weight":
-            tensor = self._flat_weights(key)
+            tensor = self._weights(key)
         elif root.init == "copy":
-            source = key[0].replace(".master", ".ws")
-            source = source if source in self.program.buffers else key[0].replace(".master", ".w")
+            unit = key[0].removesuffix(".master")
+            source = f"{unit}.ws" if f"{unit}.ws" in self.program.buffers else f"{unit}.w"
             self._create(source, layer)
-            tensor = self.read(source, layer, 0).to(self.torch_dtype(root.dtype)).clone()
+            tensor = self.read(source, layer, 0).to(self.torch_dtype(root.dtype), copy=True)
         else:
-            tensor = torch.zeros([int(d) for d in root.dims], device=self.device,
-                                 dtype=self.torch_dtype(root.dtype))
+            dims = [int(dim) for dim in root.dims]
+            if root.scope == "cache":
+                dims[3] = cache_rows
+            tensor = torch.zeros(dims, device=self.device, dtype=self.torch_dtype(root.dtype))
         self.tensors[key] = tensor
 
-    def _flat_weights(self, key: Key) -> Tensor:
+    def _weights(self, key: Key) -> Tensor:
         """Return a unit's flat weights, or this rank's part of them where they are sharded."""
         name, layer, _ = key
-        unit = name.split(".")[0]
-        flat = self.program.buffers[f"{unit}.w"]
-        dtype = self.torch_dtype(flat.dtype)
-        whole = torch.zeros(int(flat.elements), dtype=dtype)
-        tp = self.program.mesh["tp"]
-        for member, buffer in self.program.buffers.items():
-            if buffer.base != f"{unit}.w" or buffer.part:
-                continue
-            span = slice(int(buffer.offset), int(buffer.offset + buffer.elements))
-            if self.local_weights:
-                local = torch.empty(int(buffer.elements), dtype=dtype).normal_(0, WEIGHT_STD)
-            else:
-                full = dense_weight(member, layer, buffer, tp, self.seed, dtype)
-                local = shard_weight(full, buffer, self.where["tp"], tp)
-            whole[span] = local.reshape(-1)
-        if name == f"{unit}.ws":
-            part = int(self.program.buffers[name].elements)
-            index = int(flat.elements) // part
-            axis = self._shard_axis(unit)
-            assert index == axis_degree(self.program.mesh, axis)
-            whole = whole[self.index(axis) * part :][:part].clone()
+        unit, program = name.rsplit(".", 1)[0], self.program
+        dtype = self.torch_dtype(program.buffers[name].dtype)
+        if self.local_weights:
+            whole = drawn_weights(program, unit, dtype, self.device)
+        else:
+            whole = flat_weights(program, unit, layer, self.where["tp"], self.seed, dtype)
+        size = int(program.buffers[name].elements)
+        if size < whole.numel():
+            gather = program.blocks[f"{unit}.unshard"].ops[0]
+            whole = whole[self.index(gather.group) * size :][:size].clone()
         return whole.to(self.device)
-
-    def _shard_axis(self, unit: str) -> str:
-        for op in self.program.blocks[f"{unit}.unshard"].ops:
-            return op.group
-        raise AssertionError(unit)
 
     # -- access --------------------------------------------------------------------------------
 
@@ -183,40 +182,41 @@ class Interpreter:
         buffer = self.program.buffer(name)
         if not buffer.base:
             return self.tensors[key]
-        base = self.tensors[key]
-        cached = (name, layer)
-        view = self.views.get(cached)
-        if view is None or view.untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
+        view = self.views.get((name, layer))
+        if view is None:
             size = int(buffer.elements)
             offset = self.index(buffer.part) * size if buffer.part else int(buffer.offset)
-            view = base[offset : offset + size].view([int(d) for d in buffer.dims])
-            self.views[cached] = view
+            flat = self.tensors[key][offset : offset + size]
+            view = flat.view([int(dim) for dim in buffer.dims])
+            if self.program.buffers[key[0]].scope in PERSISTENT:
+                self.views[name, layer] = view
         return view
 
     def _wait(self, key: Key) -> None:
-        handle, (stream, label, start) = self.pending.pop(key)
-        handle.wait()
-        self._span(stream, label, start, self._finished(handle))
-
-    def _finished(self, handle: Handle) -> float:
-        return time.perf_counter()
-
-    def _span(self, stream: str, label: str, start: float, end: float) -> None:
-        if self.record:
-            self.spans.append((stream, label, start, end, ""))
+        flight = self.pending.pop(key)
+        flight.handle.wait()
+        if flight.span is not None and flight.span.end is None:
+            flight.span.end = self.clock.mark()
 
     def _bind(self, name: str, layer: int, microbatch: int, tensor: Tensor) -> None:
-        key = self.program.key(name, layer, microbatch)
-        self.tensors[key] = tensor
+        self.tensors[self.program.key(name, layer, microbatch)] = tensor
 
     # -- running ---------------------------------------------------------------------------------
 
-    def run_step(self, data: Mapping[tuple[str, int], Tensor]) -> None:
-        """Run every action of this rank once; ``data`` maps (buffer, microbatch) to a tensor."""
+    def run_step(
+        self, data: Mapping[tuple[str, int], Tensor], *, cached: int = 0, rows: int = 0
+    ) -> None:
+        """Run every action of this rank once; ``data`` maps (buffer, microbatch) to a tensor.
+
+        ``cached``: rows in the key-value cache before this pass; ``rows``: longest sequence,
+        those included.
+        """
         self.step += 1
         self.context.step = self.step
-        self.context.rows = int(self.program.info["seq_len"])
+        self.context.cached = cached
+        self.context.rows = rows or int(self.program.info["seq_len"])
         self.results = {}
+        self.spans = []
         for (name, microbatch), tensor in data.items():
             self._bind(name, -1, microbatch, tensor)
         for action in self.actions:
@@ -224,7 +224,7 @@ class Interpreter:
         self.drain()
 
     def drain(self) -> None:
-        """Wait for all communication and drop what the step leaves behind."""
+        """Wait for all communication and move what the step gives to ``results``."""
         for key in list(self.pending):
             self._wait(key)
         for name in self.program.info["keep"]:
@@ -248,65 +248,72 @@ class Interpreter:
         name, layer, mine = key
         self.tensors.pop((name, layer, microbatch if mine >= 0 else -1), None)
 
-    def _outlives(self, name: str) -> bool:
-        buffer = self.program.buffer(name)
-        scope = self.program.buffers[buffer.base].scope if buffer.base else buffer.scope
-        return scope in PERSISTENT or scope == "work"
+    def _existing(self, name: str, layer: int, microbatch: int) -> Tensor | None:
+        """Return the tensor to write into, where the buffer outlives its writer and exists."""
+        key = self.program.key(name, layer, microbatch)
+        scope = self.program.buffers[key[0]].scope
+        if (scope in PERSISTENT or scope == "work") and key in self.tensors:
+            return self.read(name, layer, microbatch)
+        return None
 
-    def _outs(self, op: Op, layer: int, microbatch: int) -> list[Tensor | None]:
-        found: list[Tensor | None] = []
-        for name in op.writes:
-            key = self.program.key(name, layer, microbatch)
-            exists = self._outlives(name) and key in self.tensors
-            found.append(self.read(name, layer, microbatch) if exists else None)
-        return found
+    def _inputs(self, op: Op, layer: int, microbatch: int) -> list[Tensor]:
+        reads = [self.read(name, layer, microbatch) for name in op.reads]
+        if self.watcher is not None:
+            self.watcher.before(op, layer, reads)
+        return reads
 
     def _compute(self, op: Op, layer: int, microbatch: int, action: Action) -> None:
-        reads = [self.read(name, layer, microbatch) for name in op.reads]
-        outs = self._outs(op, layer, microbatch)
-        start = time.perf_counter()
+        reads = self._inputs(op, layer, microbatch)
+        outs = [self._existing(name, layer, microbatch) for name in op.writes]
+        start = self.clock.mark() if self.record else None
         written = OPS[op.kind](self.context, op, reads, outs)
         if self.record:
-            self.spans.append((COMPUTE, op.kind, start, time.perf_counter(), str(action)))
+            self.spans.append(RawSpan(COMPUTE, op.kind, start, self.clock.mark(), str(action)))
+        if self.watcher is not None:
+            self.watcher.after(self, written)
         for name, out, tensor in zip(op.writes, outs, written, strict=True):
             if out is None:
                 self._bind(name, layer, microbatch, tensor)
 
     def _empty(self, name: str) -> Tensor:
         buffer = self.program.buffer(name)
-        return torch.empty([int(d) for d in buffer.dims], device=self.device,
+        return torch.empty([int(dim) for dim in buffer.dims], device=self.device,
                            dtype=self.torch_dtype(buffer.dtype))
 
     def _communicate(self, op: Op, layer: int, microbatch: int, action: Action) -> None:
-        reads = [self.read(name, layer, microbatch) for name in op.reads]
-        outs = self._outs(op, layer, microbatch)
-        start = time.perf_counter()
-        if op.kind == "all_reduce":
-            target = reads[0].contiguous()
-            handle = self.transport.all_reduce(target, op.group)
-            if outs[0] is None:
-                self._bind(op.writes[0], layer, microbatch, target)
-        elif op.kind in ("send", "recv"):
-            tag = _tag(op, layer, microbatch)
-            if op.kind == "send":
-                handle = self.transport.send(reads[0].contiguous(), op.group, op.attrs["peer"], tag)
-                key = ("send", layer, tag)
-                self.pending[key] = (handle, (op.stream, str(action), start))
-                return
-            target = self._empty(op.writes[0])
-            handle = self.transport.recv(target, op.group, op.attrs["peer"], tag)
-            self._bind(op.writes[0], layer, microbatch, target)
+        reads = self._inputs(op, layer, microbatch)
+        if op.writes:
+            key = self.program.key(op.writes[0], layer, microbatch)
+            found = self._existing(op.writes[0], layer, microbatch)
         else:
-            target = outs[0] if outs[0] is not None else self._empty(op.writes[0])
+            key, found = (op.stream, layer, microbatch), None
+        if op.kind in ("send", "all_reduce"):
+            target = reads[0].contiguous()
+        else:
+            target = found if found is not None else self._empty(op.writes[0])
+        if key in self.pending:
+            self._wait(key)
+        start = self.clock.mark() if self.record else None
+        flight = Flight(self._start(op, target, reads, layer, microbatch), None)
+        if self.record:
+            flight.span = RawSpan(op.stream, op.kind, start, None, str(action))
+            self.spans.append(flight.span)
+            flight.finished_at(self.clock)
+        self.pending[key] = flight
+        if self.watcher is not None:
+            self.watcher.after(self, [target])
+        if op.writes and found is None:
+            self._bind(op.writes[0], layer, microbatch, target)
+
+    def _start(
+        self, op: Op, target: Tensor, reads: Sequence[Tensor], layer: int, microbatch: int
+    ) -> Handle:
+        """Start the communication of ``op`` into (or, sending, from) ``target``."""
+        if op.kind in ("send", "recv"):
             call = getattr(self.transport, op.kind)
-            handle = call(target, reads[0].contiguous(), op.group)
-            if outs[0] is None:
-                self._bind(op.writes[0], layer, microbatch, target)
-        key = self.program.key(op.writes[0], layer, microbatch)
-        label = f"{op.kind}.{op.group}"
-        self.pending[key] = (handle, (op.stream, label, start))
-
-
-def _tag(op: Op, layer: int, microbatch: int) -> int:
-    """Return a number that both ends of a message compute alike."""
-    return (microbatch * 100003 + layer) * 2 + (op.attrs["channel"] == "B")
+            tag = microbatch * 10007 + layer
+            return call(target, op.group, op.attrs["channel"], op.attrs["peer"], tag)  # type: ignore[no-any-return]
+        if op.kind == "all_reduce":
+            return self.transport.all_reduce(target, op.group)
+        call = getattr(self.transport, op.kind)
+        return call(target, reads[0].contiguous(), op.group)  # type: ignore[no-any-return]

@@ -40,6 +40,7 @@ class Context:
     cached: int = 0
     rows: int = 0  # longest sequence so far, cached rows included
     step: int = 1
+    dtype: torch.dtype | None = None  # overrides every float dtype
 
 
 def _matmul(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
@@ -65,11 +66,14 @@ def _bias(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     return (reads[0] + reads[1],)
 
 
-def _sum_rows(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
-    out = outs[0]
+def _added(out: Tensor | None, part: Tensor) -> Tensor:
+    """Add to a gradient that accumulates."""
     assert out is not None
-    out += reads[0].sum(0)
-    return (out,)
+    return out.add_(part)
+
+
+def _sum_rows(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
+    return (_added(outs[0], reads[0].sum(0)),)
 
 
 def _vocab_offset(ctx: Context, op: Op, local: int) -> int:
@@ -107,6 +111,11 @@ def _embedding_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Res
 EPSILON = 1e-5
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return ``x`` in at least single precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _rmsnorm(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     return (F.rms_norm(reads[0], reads[0].shape[-1:], reads[1], EPSILON),)
 
@@ -115,13 +124,12 @@ def _rmsnorm_backward(
     ctx: Context, op: Op, reads: Results, outs: Outs
 ) -> Results:
     dy, x, weight = reads
-    inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPSILON).to(x.dtype)
+    inverse = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + EPSILON).to(x.dtype)
     normed = x * inverse
     scaled = dy * weight
     mean = torch.linalg.vecdot(scaled, normed).unsqueeze(-1) / x.shape[-1]
     dx = torch.addcmul(scaled, normed, mean, value=-1).mul_(inverse)
-    outs[1].add_(normed.mul_(dy).sum(0))
-    return (dx, outs[1])
+    return (dx, _added(outs[1], normed.mul_(dy).sum(0)))
 
 
 def _layernorm(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
@@ -133,7 +141,7 @@ def _layernorm_backward(
     ctx: Context, op: Op, reads: Results, outs: Outs
 ) -> Results:
     dy, x, weight = reads
-    wide = x.float()
+    wide = _wide(x)
     mean = wide.mean(-1, keepdim=True)
     inverse = torch.rsqrt(wide.var(-1, keepdim=True, unbiased=False) + EPSILON)
     mask = [True, True, len(outs) > 2]
@@ -141,10 +149,8 @@ def _layernorm_backward(
         dy, x, x.shape[-1:], mean.to(x.dtype), inverse.to(x.dtype), weight,
         torch.zeros_like(weight), mask,
     )
-    outs[1].add_(dw)
-    if len(outs) > 2:
-        outs[2].add_(db)
-    return (dx, *outs[1:])
+    sums = [_added(out, part) for out, part in zip(outs[1:], (dw, db), strict=False)]
+    return (dx, *sums)
 
 
 _ROPE: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -253,7 +259,8 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 def _scores(op: Op, q: Tensor, k: Tensor) -> Tensor:
     """Return masked scaled scores [b, h, s, kv]."""
-    scores = torch.matmul(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5)
+    scale: float = q.shape[-1] ** -0.5
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
     s, kv = scores.shape[-2:]
     if op.attrs["causal"] and s > 1:
         mask = torch.ones(s, kv, dtype=torch.bool, device=q.device).triu(kv - s + 1)
@@ -291,9 +298,12 @@ def _cached_attention(ctx: Context, op: Op, qkv: Tensor, cache: Tensor) -> Resul
     rows = qkv.shape[0] // batch
     length = ctx.cached + rows
     q, _, _ = _split_heads(op, qkv, rows)
-    k, v = cache[0, :, :, :length], cache[1, :, :, :length]
+    k, v = (part[:, :, :length].to(q.dtype) for part in cache)
     group = op.dims["h"] // op.dims["hkv"]
     causal = bool(op.attrs["causal"])
+    if not ctx.fused:
+        weights = _scores(op, q, _repeat(k, group)).softmax(-1)
+        return (_flat(torch.matmul(weights, _repeat(v, group))), q.new_empty(0))
     if rows == 1 or not causal:
         o = F.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
     elif length == rows:
@@ -360,6 +370,8 @@ def _valid(op: Op, ctx: Context, logits: Tensor) -> tuple[Tensor, int]:
 def _picked(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
     local = targets - first
     inside = (local >= 0) & (local < logits.shape[1])
+    if not logits.shape[1]:
+        return logits.new_zeros(targets.shape), inside
     chosen = logits.gather(1, local.clamp(0, max(logits.shape[1] - 1, 0))[:, None])[:, 0]
     return torch.where(inside, chosen, torch.zeros_like(chosen)), inside
 
@@ -368,22 +380,24 @@ def _softmax_stats(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     """Return per token: log of the sum of exponentials, and the target's logit if it is here."""
     logits, first = _valid(op, ctx, reads[0])
     picked, inside = _picked(logits, reads[1], first)
-    lse = torch.logsumexp(logits.float() if logits.dtype != torch.float64 else logits, -1)
+    lse = torch.logsumexp(_wide(logits), -1)
     return (torch.stack((lse, picked.to(lse.dtype), inside.to(lse.dtype)), -1),)
 
 
 def _softmax_loss(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     tokens = reads[1].shape[0]
     stats = reads[2].view(-1, tokens, 3)
-    lse = stats[..., 0].logsumexp(0) if stats.shape[0] > 1 else stats[0, :, 0]
+    lse = stats[..., 0].logsumexp(0)
     loss = (lse - stats[..., 1].sum(0)).sum() * op.attrs["scale"]
     return (loss.reshape(1), lse)
 
 
 def _softmax_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     logits, targets, lse = reads
-    result = torch.zeros_like(logits) if _valid(op, ctx, logits)[0].shape != logits.shape else None
     valid, first = _valid(op, ctx, logits)
+    padded = valid.shape[1] < logits.shape[1]
+    if not valid.shape[1]:
+        return (torch.zeros_like(logits),)
     scale = op.attrs["scale"]
     p = torch.sub(valid, lse[:, None].to(valid.dtype)).exp_().mul_(scale)
     local = targets - first
@@ -391,10 +405,13 @@ def _softmax_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Resul
     rows = torch.arange(targets.shape[0], device=logits.device)
     p.index_put_((rows, local.clamp(0, valid.shape[1] - 1)),
                  torch.where(inside, -scale, 0.0).to(p.dtype), accumulate=True)
-    if result is None:
-        return (p,)
-    result[:, : valid.shape[1]] = p
-    return (result,)
+    return (F.pad(p, (0, logits.shape[1] - valid.shape[1])) if padded else p,)
+
+
+def _last_rows(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
+    """Return the last row of each of ``t`` sequences."""
+    t, n = op.dims["t"], op.dims["n"]
+    return (reads[0].view(t, -1, n)[:, -1].contiguous(),)
 
 
 def _sample(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
@@ -426,7 +443,7 @@ def _adam(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
 def _fill(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     out = outs[0]
     if out is None:
-        dtype = TORCH_DTYPES[op.dtype]
+        dtype = ctx.dtype or TORCH_DTYPES[op.dtype]
         return (torch.zeros(int(op.dims["n"]), dtype=dtype, device=ctx.device),)
     return (out.zero_(),)
 
@@ -458,6 +475,7 @@ OPS: dict[str, TorchOp] = {
     "softmax_stats": _softmax_stats,
     "softmax_loss": _softmax_loss,
     "softmax_backward": _softmax_backward,
+    "last_rows": _last_rows,
     "sample": _sample,
     "adam": _adam,
     "fill": _fill,

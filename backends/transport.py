@@ -1,20 +1,22 @@
 """Collectives between ranks: `Distributed` over torch.distributed, `Local` for one rank alone.
 
-Both answer the same four calls and record the payload bytes of each, counted from the tensors
-that were really passed, in nccl-tests' convention.
+Both answer the same calls and record the payload bytes of each, counted from the tensors that
+were really passed, in nccl-tests' convention.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simcore.program import axis_degree, coordinates, group_ranks
+from simcore.errors import RunError
+from simcore.ops import Op
+from simcore.program import Program, axis_degree, group_ranks
 
 
 class Handle(Protocol):
@@ -39,22 +41,62 @@ def _scatter_name() -> Any:
     return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Distributed:
-    """Real collectives over the process groups of a mesh."""
+def _started(handle: Any) -> Handle:
+    """Return the handle of a communication that this rank takes part in."""
+    if handle is None:
+        raise RunError("a rank was asked to communicate in a group that it is not in.")
+    found: Handle = handle
+    return found
 
-    def __init__(self, mesh: Mapping[str, int], rank: int, groups: set[str]) -> None:
+
+def group_names(programs: Iterable[Program]) -> set[str]:
+    """Return the groups and channels that the programs communicate over."""
+    return {
+        channel_of(op)
+        for program in programs
+        for block in program.blocks.values()
+        for op in block.ops
+        if op.is_communication
+    }
+
+
+def channel_of(op: Op) -> str:
+    """Return the name of the process group of an op: messages of each channel have their own."""
+    channel = op.attrs.get("channel", "")
+    return f"{op.group}/{channel}" if channel else op.group
+
+
+class Distributed:
+    """Real collectives over the process groups of a mesh.
+
+    ``groups`` names mesh axes, axes joined by ``*``, or an axis and a channel (``pp/F``).
+    """
+
+    def __init__(self, mesh: Mapping[str, int], rank: int, groups: Iterable[str]) -> None:
         self.mesh, self.rank = mesh, rank
         self.recorded: Counter[tuple[str, str]] = Counter()
+        self.made: list[Any] = []
         self.groups = {name: self._make(name) for name in sorted(groups)}
 
     def _make(self, name: str) -> Any:
-        world = dist.get_world_size()
-        made: dict[tuple[int, ...], Any] = {}
-        for rank in range(world):
-            members = tuple(group_ranks(self.mesh, name, rank))
-            if members not in made and rank in members:
-                made[members] = dist.new_group(list(members))
-        return made.get(tuple(group_ranks(self.mesh, name, self.rank)))
+        """Create every group along ``name`` on all ranks; return the own one."""
+        axes, mine = name.partition("/")[0], None
+        seen: set[tuple[int, ...]] = set()
+        for rank in range(dist.get_world_size()):
+            ranks = tuple(group_ranks(self.mesh, axes, rank))
+            if ranks in seen:
+                continue
+            seen.add(ranks)
+            group = dist.new_group(list(ranks))
+            if self.rank in ranks:
+                mine = group
+                self.made.append(group)
+        return mine
+
+    def close(self) -> None:
+        """Destroy the process groups."""
+        for group in self.made:
+            dist.destroy_process_group(group)
 
     def _record(self, kind: str, group: str, tensor: Tensor) -> None:
         self.recorded[kind, group] += tensor.numel() * tensor.element_size()
@@ -62,31 +104,33 @@ class Distributed:
     def all_reduce(self, tensor: Tensor, group: str) -> Handle:
         """Sum ``tensor`` in place."""
         self._record("all_reduce", group, tensor)
-        return dist.all_reduce(tensor, group=self.groups[group], async_op=True)
+        return _started(dist.all_reduce(tensor, group=self.groups[group], async_op=True))
 
     def all_gather(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
         """Fill ``out`` with every member's ``tensor``, in group order along dim 0."""
         self._record("all_gather", group, out)
-        return _gather_name()(out, tensor, group=self.groups[group], async_op=True)
+        return _started(_gather_name()(out, tensor, group=self.groups[group], async_op=True))
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
         """Fill ``out`` with this member's part of the sum of every ``tensor``."""
         self._record("reduce_scatter", group, tensor)
-        return _scatter_name()(out, tensor, group=self.groups[group], async_op=True)
+        return _started(_scatter_name()(out, tensor, group=self.groups[group], async_op=True))
 
-    def _neighbour(self, group: str, step: int) -> int:
-        where = coordinates(self.mesh, self.rank)
-        return group_ranks(self.mesh, group, self.rank)[where[group] + step]
+    def _peer(self, group: str, step: int) -> int:
+        ranks = group_ranks(self.mesh, group, self.rank)
+        return ranks[ranks.index(self.rank) + step]
 
-    def send(self, tensor: Tensor, group: str, step: int, tag: int) -> Handle:
-        """Start sending ``tensor`` to the neighbour ``step`` places on."""
+    def send(self, tensor: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:
+        """Start sending ``tensor`` to the rank ``step`` places on in the group."""
         self._record("send", group, tensor)
-        return dist.isend(tensor, self._neighbour(group, step), tag=tag)
+        where = self.groups[f"{group}/{channel}"]
+        return _started(dist.isend(tensor, self._peer(group, step), where, tag))
 
-    def recv(self, out: Tensor, group: str, step: int, tag: int) -> Handle:
-        """Start filling ``out`` from the neighbour ``step`` places on."""
+    def recv(self, out: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:
+        """Start filling ``out`` from the rank ``step`` places on in the group."""
         self._record("recv", group, out)
-        return dist.irecv(out, self._neighbour(group, step), tag=tag)
+        where = self.groups[f"{group}/{channel}"]
+        return _started(dist.irecv(out, self._peer(group, step), where, tag))
 
 
 class Local:
@@ -95,6 +139,9 @@ class Local:
     def __init__(self, mesh: Mapping[str, int], rank: int) -> None:
         self.mesh, self.rank = mesh, rank
         self.recorded: Counter[tuple[str, str]] = Counter()
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def _record(self, kind: str, group: str, tensor: Tensor) -> None:
         self.recorded[kind, group] += tensor.numel() * tensor.element_size()
@@ -108,7 +155,9 @@ class Local:
     def all_gather(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
         """Copy the own part into every part."""
         self._record("all_gather", group, out)
-        out.view(axis_degree(self.mesh, group), -1).copy_(tensor.reshape(1, -1))
+        for part in out.view(axis_degree(self.mesh, group), -1):
+            if part.data_ptr() != tensor.data_ptr():
+                part.copy_(tensor.reshape(-1))
         return Done()
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
@@ -117,15 +166,18 @@ class Local:
         torch.sum(tensor.view(axis_degree(self.mesh, group), *out.shape), 0, out=out)
         return Done()
 
-    def send(self, tensor: Tensor, group: str, step: int, tag: int) -> Handle:
+    def send(self, tensor: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:
         """Do nothing: the peer is not there."""
         self._record("send", group, tensor)
         return Done()
 
-    def recv(self, out: Tensor, group: str, step: int, tag: int) -> Handle:
+    def recv(self, out: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:
         """Fill the buffer with small numbers in place of what the peer would send."""
         self._record("recv", group, out)
-        out.normal_(0.0, 0.02)
+        if out.dtype.is_floating_point:
+            out.normal_(0.0, 0.02)
+        else:
+            out.zero_()
         return Done()
 
 

@@ -41,14 +41,23 @@ FEATURES: dict[str, Callable[[Op], Size]] = {
     "flops": lambda op: work(op).flops,
     "bytes": moved_bytes,
     "vector": lambda op: work(op).vector_flops,
-    "weight_bytes": lambda op: op.dims["n"] * op.dims["k"] * 4.0,
-    "rows": lambda op: op.dims["m"],
+    # A product of several rows first copies its second operand into the order of its kernel
+    # (Goto and van de Geijn 2008, section 4); a matrix-vector product does not.
+    "packed_weights": lambda op: op.dims["n"] * op.dims["k"] * np.where(op.dims["m"] > 1, 4.0, 0.0),
+    # torch's CPU attention splits queries in blocks of 32, 64 or 256 rows (FlashAttentionKernel):
+    # the smaller the block, the more of each product is start-up.
+    "flops_per_block": lambda op: work(op).flops / _query_block(op),
     "heads": lambda op: op.dims["b"] * op.dims["h"],
     "queries": lambda op: op.dims["b"] * op.dims["h"] * op.dims["s"],
     "packed": lambda op: op.dims["b"] * op.dims["s"] * (op.dims["h"] + 2 * op.dims["hkv"])
     * op.dims["d"],
     "elements": lambda op: elements(op),
 }
+
+
+def _query_block(op: Op) -> Size:
+    rows = op.dims["s"]
+    return np.where(rows >= 768, 256.0, np.where(rows >= 192, 64.0, np.minimum(rows, 32.0)))
 
 
 def elements(op: Op) -> Size:

@@ -7,6 +7,7 @@ and their finish is planned anew whenever the set of flows changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import simpy
 
 from simcore.costs import CostModel, Network
-from simcore.estimate import is_message, needs, representative, templates
+from simcore.estimate import is_message, is_tie, only_op, representative
 from simcore.liveness import positions
 from simcore.ops import COMPUTE, Op, work
 from simcore.program import Action, Key, Program, coordinates, group_ranks
-from simcore.templates import Template, price
-from simcore.timeline import RankTimes, Span, Timeline, timeline, uncovered, union
+from simcore.templates import HOST, Clock, Entry, Template, price, templates
+from simcore.timeline import Span, Timeline, timeline
 
 Process = Generator[simpy.Event, Any, None]
 DETAIL_LIMIT = 60_000  # ops in a step up to which every op is an event of its own
@@ -90,10 +91,9 @@ class _Rank:
     number: int
     stage_rank: int
     tails: dict[str, simpy.Event] = field(default_factory=dict)  # last work queued per stream
-    ready: dict[Key, simpy.Event] = field(default_factory=dict)
+    ready: dict[Entry, simpy.Event] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    compute_s: float = 0.0
-    exposed_s: float = 0.0
+    clock: Clock = field(default_factory=Clock)
 
 
 @dataclass(slots=True)
@@ -111,7 +111,6 @@ class Engine:
     meetings: dict[Any, _Meeting] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     laid: Mapping[str, Template] = field(default_factory=dict)
-    waits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prices: dict[tuple[str, int], tuple[float, float, float]] = field(default_factory=dict)
     states: dict[int, _Rank] = field(default_factory=dict)
 
@@ -122,7 +121,6 @@ class Engine:
             self.states[rank] = _Rank(rank, stage)
         if not self.detail:
             self.laid = templates(self.program, self.cost)
-            self.waits = needs(self.program)
 
     def run(self) -> Timeline:
         """Return the timeline once every rank has finished."""
@@ -131,32 +129,41 @@ class Engine:
         self.env.run()
         if not everything.triggered:
             raise RuntimeError("the order deadlocks: some ranks wait for messages never sent")
-        step = float(self.env.now)
         if self.detail:
-            return timeline(self.spans, step)
-        return Timeline(step, tuple(self.spans), self._times(step))
-
-    def _times(self, step: float) -> dict[int, RankTimes]:
-        found = {}
-        for rank, state in self.states.items():
-            mine = [s for s in self.spans if s.rank == rank]
-            acting = union((s.start_s, s.end_s) for s in mine if s.stream == COMPUTE)
-            flowing = union((s.start_s, s.end_s) for s in mine if s.stream != COMPUTE)
-            exposed = state.exposed_s + uncovered(flowing, acting)
-            found[rank] = RankTimes(state.compute_s, exposed,
-                                    max(0.0, step - state.compute_s - exposed))
-        return found
+            return timeline(self.spans, float(self.env.now))
+        step = max(max(state.clock.at.values()) for state in self.states.values())
+        return Timeline(
+            step,
+            tuple(self.spans),
+            {rank: state.clock.times(step) for rank, state in self.states.items()},
+        )
 
     # -- ranks ---------------------------------------------------------------------------------
 
     def _rank(self, state: _Rank) -> Process:
-        for action in self.program.order[state.stage_rank]:
-            if self.detail or is_message(action):
+        actions = self.program.order[state.stage_rank]
+        if self.detail:
+            for action in actions:
                 yield from self._ops(state, action)
-            else:
-                yield from self._whole(state, action)
-        for tail in list(state.tails.values()):
-            yield tail
+        else:
+            yield from self._pieces(state, actions)
+        yield from list(state.tails.values())
+
+    def _pieces(self, state: _Rank, actions: Sequence[Action]) -> Process:
+        """Run actions as wholes. A host that launches ahead has posted every receive before."""
+        issued: dict[Action, float] = {}
+        if not self.cost.synchronous:
+            for action in filter(is_message, actions):
+                issued[action] = self._issue(state, action)
+                if action.kind.startswith("RECV"):
+                    self._post(state, action, issued[action])
+        for action in actions:
+            if not is_message(action):
+                yield from (self._tie if is_tie(action) else self._whole)(state, action)
+            elif action not in issued:
+                self._post(state, action, self._issue(state, action))
+            elif action.kind.startswith("SEND"):
+                self._post(state, action, issued[action])
 
     def _ops(self, state: _Rank, action: Action) -> Process:
         """Issue an action op by op, as the executor does."""
@@ -175,7 +182,9 @@ class Engine:
                 state.ready[self.program.key(name, layer, action.microbatch)] = done
             before = state.tails.get(op.stream)
             state.tails[op.stream] = done
-            self.env.process(self._work(state, op, action, layer, seconds, waits, before, begun, done))
+            self.env.process(
+                self._work(state, op, action, layer, seconds, waits, before, begun, done)
+            )
             if op.stream == COMPUTE:
                 if self.cost.synchronous:
                     yield done
@@ -188,8 +197,16 @@ class Engine:
         return [key for key in keys if key in state.ready]
 
     def _work(
-        self, state: _Rank, op: Op, action: Action, layer: int, seconds: float,
-        waits: list[simpy.Event], before: simpy.Event | None, begun: simpy.Event, done: simpy.Event,
+        self,
+        state: _Rank,
+        op: Op,
+        action: Action,
+        layer: int,
+        seconds: float,
+        waits: list[simpy.Event],
+        before: simpy.Event | None,
+        begun: simpy.Event,
+        done: simpy.Event,
     ) -> Process:
         for event in (*waits, *((before,) if before is not None else ())):
             if not event.processed:
@@ -206,8 +223,18 @@ class Engine:
         done.succeed()
         if op.kind != "alias":
             spent = work(op)
-            self.spans.append(Span(state.number, op.stream, op.kind, start, self.env.now,
-                                   str(action), float(spent.payload_bytes), float(spent.flops)))
+            self.spans.append(
+                Span(
+                    state.number,
+                    op.stream,
+                    op.kind,
+                    start,
+                    self.env.now,
+                    str(action),
+                    float(spent.payload_bytes),
+                    float(spent.flops),
+                )
+            )
 
     def _meet(self, key: Any, expected: int) -> _Meeting:
         if key not in self.meetings:
@@ -245,67 +272,134 @@ class Engine:
         yield meeting.ready
         start = float(self.env.now)
         if op.kind == "send":
-            yield from self.links.send(*ends, float(work(op).payload_bytes))
+            yield from self.links.send(ends[0], ends[1], float(work(op).payload_bytes))
             meeting.done.succeed()
         else:
             yield meeting.done
         return start
 
+    # -- actions as one piece ------------------------------------------------------------------
+
+    def _issue(self, state: _Rank, action: Action) -> float:
+        """Return when the host comes to a message."""
+        state.clock.at[HOST] += float(self.cost.issue_seconds(only_op(self.program, action)))
+        return state.clock.at[HOST]
+
+    def _post(self, state: _Rank, action: Action, issued: float) -> None:
+        """Queue a message on its stream, to be sent once its buffer is written."""
+        op, at = only_op(self.program, action), state.clock.at
+        layer = self.program.bodies[action.body][0].layer
+        key = self.program.key((op.reads or op.writes)[0], layer, action.microbatch)
+        if op.kind == "recv":
+            at[key] = math.inf
+        else:
+            issued = max(issued, at.get(key, 0.0))
+        before, done = state.tails.get(op.stream), self.env.event()
+        state.tails[op.stream] = state.ready[key] = done
+        self.env.process(self._transfer(state, op, action, layer, issued, before, done))
+
+    def _transfer(
+        self,
+        state: _Rank,
+        op: Op,
+        action: Action,
+        layer: int,
+        issued: float,
+        before: simpy.Event | None,
+        done: simpy.Event,
+    ) -> Process:
+        yield self.env.timeout(max(0.0, issued - self.env.now))
+        if before is not None and not before.processed:
+            yield before
+        start = yield from self._message(state, op, action, layer)
+        now = float(self.env.now)
+        for name in op.writes:
+            state.clock.at[self.program.key(name, layer, action.microbatch)] = now
+        state.clock.at[op.stream] = now
+        state.clock.talking.append((start, now))
+        self.spans.append(
+            Span(
+                state.number,
+                op.stream,
+                op.kind,
+                start,
+                now,
+                str(action),
+                float(work(op).payload_bytes),
+            )
+        )
+        done.succeed()
+
     def _whole(self, state: _Rank, action: Action) -> Process:
-        """Run an action as one piece, from its template."""
+        """Run an action as one piece, from its template, once its messages have arrived."""
         template = self.laid[action.body]
-        for kind in self.waits[action.body]:
-            layer = self.program.bodies[f"{action.stage}{kind}"][0].layer
-            name = "h" if kind == "RECV_F" else "d.h"
-            event = state.ready[self.program.key(name, layer, action.microbatch)]
-            if not event.processed:
-                yield event
-        streams = state.tails if action.kind == "O" else template.ends
-        for stream in list(streams):
-            tail = state.tails.get(stream)
-            if tail is not None and not tail.processed and (
-                action.kind == "O" or not stream.startswith(("send", "recv"))
-            ):
-                yield tail
-        start = float(self.env.now)
-        factor = self.slowdown.get(state.number, 1.0)
-        for stream, end in template.ends.items():
-            if stream != COMPUTE:
-                state.tails[stream] = self.env.timeout(float(end) * factor)
-        yield self.env.timeout(float(template.compute_end_s) * factor)
-        written = self.env.event().succeed()
-        for kind, name in (("SEND_F", "h"), ("SEND_B", "d.h")):
-            body = self.program.bodies.get(f"{action.stage}{kind}")
-            if body:
-                state.ready.setdefault(
-                    self.program.key(name, body[0].layer, action.microbatch), written
-                )
-        state.compute_s += float(template.compute_s) * factor
-        state.exposed_s += template.exposed_s
-        self.spans.append(Span(state.number, COMPUTE, action.body, start, float(self.env.now),
-                               str(action)))
+        while (done := state.clock.act(template, action.microbatch)) is None:
+            yield state.ready[state.clock.unknown(template, action.microbatch)]
+        self.spans += [
+            Span(state.number, stream, action.body, start, end, str(action))
+            for stream, start, end in done
+        ]
+
+    def _tie(self, state: _Rank, action: Action) -> Process:
+        """Run a collective of several pipeline ranks."""
+        op, at = only_op(self.program, action), state.clock.at
+        layer = self.program.bodies[action.body][0].layer
+        seconds, issue, blocking = price(op, self.cost)
+        at[HOST] += float(issue)
+        read, written = (
+            self.program.key(names[0], layer, action.microbatch) for names in (op.reads, op.writes)
+        )
+        own = max(at[HOST], at.get(op.stream, 0.0), at.get(read, 0.0))
+        yield self.env.timeout(max(0.0, own - self.env.now))
+        start = yield from self._collective(state, op, float(seconds), self.env.event())
+        at[op.stream] = at[written] = float(self.env.now)
+        if blocking:
+            at[HOST] = max(at[HOST], start + blocking * float(seconds))
+        state.clock.talking.append((start, float(self.env.now)))
+        self.spans.append(
+            Span(
+                state.number,
+                op.stream,
+                op.kind,
+                start,
+                float(self.env.now),
+                str(action),
+                float(work(op).payload_bytes),
+            )
+        )
 
 
 def count_ops(program: Program) -> int:
     """Return the ops of one step over the pipeline ranks."""
-    sizes = {body: sum(len(program.blocks[call.block].ops) for call in calls)
-             for body, calls in program.bodies.items()}
+    sizes = {
+        body: sum(len(program.blocks[call.block].ops) for call in calls)
+        for body, calls in program.bodies.items()
+    }
     return sum(sizes[action.body] for actions in program.order for action in actions)
 
 
 def simulate(
-    program: Program, cost: CostModel, network: Network, *, detail: bool | None = None,
-    every_rank: bool = False, slowdown: Mapping[int, float] | None = None,
+    program: Program,
+    cost: CostModel,
+    network: Network,
+    *,
+    detail: bool | None = None,
+    every_rank: bool = False,
+    slowdown: Mapping[int, float] | None = None,
 ) -> Timeline:
     """Return the simulated timeline of one step.
 
     Ranks with equal stages are folded into one unless ``every_rank``; ``slowdown`` (rank to
-    factor on its compute) makes stragglers and needs ``every_rank``. With ``detail`` every op is
-    an event of its own; by default where the step has at most ``DETAIL_LIMIT`` ops.
+    factor on its compute) makes stragglers and needs ``every_rank`` and ``detail``. With ``detail``
+    every op is an event of its own; by default where the step has at most ``DETAIL_LIMIT`` ops.
     """
-    ranks = range(program.world) if every_rank else [
-        representative(program, rank) for rank in range(len(program.order))
-    ]
+    ranks = (
+        range(program.world)
+        if every_rank
+        else [representative(program, rank) for rank in range(len(program.order))]
+    )
     if detail is None:
         detail = every_rank or count_ops(program) <= DETAIL_LIMIT
+    if slowdown and not (detail and every_rank):
+        raise ValueError("slowdown needs every_rank and detail: folded ranks are all alike")
     return Engine(program, cost, network, list(ranks), detail, slowdown or {}).run()

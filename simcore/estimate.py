@@ -6,14 +6,16 @@ of the schedule: (m + p - 1)(t_F + t_B) for GPipe and 1F1B (Narayanan et al. 202
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from simcore.costs import CostModel, Network, transfer_seconds
-from simcore.ops import COMPUTE, work
-from simcore.program import Action, Key, Program, rank_at
-from simcore.templates import Template, lay
-from simcore.timeline import RankTimes, Span, Timeline
+from simcore.ops import Op, work
+from simcore.program import Action, Key, Program, group_ranks, rank_at
+from simcore.templates import HOST, Clock, Template, price, templates
+from simcore.timeline import Span, Timeline
 
 
 def representative(program: Program, pipeline_rank: int) -> int:
@@ -23,61 +25,41 @@ def representative(program: Program, pipeline_rank: int) -> int:
     return rank_at(program.mesh, where)
 
 
-@dataclass(slots=True)
-class Clock:
-    """How far a rank has come in its list of actions."""
-
-    position: int = 0
-    now: float = 0.0
-    streams: dict[str, float] = field(default_factory=dict)
-    compute_s: float = 0.0
-    exposed_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Message:
-    """A send and the matching receive: posted times, then the arrival."""
-
-    sent: float | None = None
-    posted: float | None = None
-    arrived: float | None = None
-
-
-def message_key(action: Action) -> tuple[str, int, int]:
-    """Return what a send and its receive have in common: channel, lower stage, microbatch."""
-    channel = action.kind[-1]
-    lower = action.stage if action.kind in ("SEND_F", "RECV_B") else action.stage - 1
-    return channel, lower, action.microbatch
-
-
 def is_message(action: Action) -> bool:
     """Whether the action sends or receives."""
     return action.kind.startswith(("SEND", "RECV"))
 
 
-def needs(program: Program) -> dict[str, tuple[str, ...]]:
-    """Return, for every body, the receive kinds whose buffers it reads."""
-    received: dict[str, dict[str, Key]] = {}
-    for body, calls in program.bodies.items():
-        for kind in ("RECV_F", "RECV_B"):
-            if body.endswith(kind):
-                op = program.blocks[calls[0].block].ops[0]
-                key = program.key(op.writes[0], calls[0].layer, 0)
-                received.setdefault(body.removesuffix(kind), {})[kind] = key
-    found: dict[str, tuple[str, ...]] = {}
-    for body in program.bodies:
-        stage = body.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ_")
-        read = {program.key(name, call.layer, 0) for call, _, op in program.ops(body)
-                for name in op.reads}
-        found[body] = tuple(k for k, key in received.get(stage, {}).items()
-                            if key in read and not body.startswith(f"{stage}SEND"))
-    return found
+def is_tie(action: Action) -> bool:
+    """Whether the action is a collective of several pipeline ranks."""
+    return action.kind == "TIE"
 
 
-def templates(program: Program, cost: CostModel) -> dict[str, Template]:
-    """Return the template of every body that is not a message."""
-    return {body: lay(program, body, cost) for body in program.bodies
-            if not body.endswith(("SEND_F", "SEND_B", "RECV_F", "RECV_B"))}
+def only_op(program: Program, action: Action) -> Op:
+    """Return the op of a message or tie."""
+    return program.blocks[program.bodies[action.body][0].block].ops[0]
+
+
+def message_seconds(
+    program: Program, network: Network, src: int, dst: int, size_bytes: float
+) -> float:
+    """Return the seconds of a message between pipeline ranks that has every link to itself."""
+    return transfer_seconds(
+        network, representative(program, src), representative(program, dst), size_bytes
+    )
+
+
+@dataclass(slots=True)
+class Channel:
+    """Messages in one direction between two pipeline ranks: first posted, first delivered."""
+
+    src: int
+    dst: int
+    seconds: float
+    size_bytes: float
+    streams: list[str] = field(default_factory=lambda: ["", ""])  # of the two ends
+    sent: deque[tuple[float, int]] = field(default_factory=deque)  # when, microbatch
+    posted: deque[tuple[float, int, Key]] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
@@ -88,76 +70,103 @@ class _Path:
     cost: CostModel
     network: Network
     laid: Mapping[str, Template]
-    waits: Mapping[str, tuple[str, ...]]
     clocks: list[Clock]
-    messages: dict[tuple[str, int, int], Message] = field(default_factory=dict)
+    ports: dict[tuple[int, str], tuple[Channel, Key, float]] = field(default_factory=dict)
+    channels: dict[tuple[int, int, str], Channel] = field(default_factory=dict)
+    ties: dict[str, dict[int, float]] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
-    flow_s: dict[tuple[str, int], float] = field(default_factory=dict)
-
-    def message(self, key: tuple[str, int, int]) -> Message:
-        return self.messages.setdefault(key, Message())
 
     def advance(self, rank: int) -> bool:
-        """Run the rank's actions until one waits for a message that is not posted yet."""
-        clock, moved = self.clocks[rank], False
+        """Run the rank's actions until one waits for a message that has not arrived."""
+        clock, first = self.clocks[rank], self.clocks[rank].position
         actions = self.program.order[rank]
         while clock.position < len(actions):
             action = actions[clock.position]
             if is_message(action):
                 self.post(rank, clock, action)
-            elif not self.compute(rank, clock, action):
-                return moved
+            elif not (self.tie if is_tie(action) else self.compute)(rank, clock, action):
+                break
             clock.position += 1
-            moved = True
-        return moved
+        return clock.position > first
 
     def post(self, rank: int, clock: Clock, action: Action) -> None:
-        key = message_key(action)
-        message = self.message(key)
-        op = self.program.blocks[self.program.bodies[action.body][0].block].ops[0]
-        clock.now += float(self.cost.issue_seconds(op))
-        if op.kind == "send":
-            message.sent = clock.now
+        """Post a send or a receive; deliver what has both."""
+        channel, (name, layer, each), issue = self.port(rank, action)
+        clock.at[HOST] = posted = clock.at[HOST] + issue
+        key = name, layer, each if each < 0 else action.microbatch
+        if rank == channel.src:
+            channel.sent.append((max(posted, clock.at.get(key, 0.0)), action.microbatch))
         else:
-            message.posted = clock.now
-        if message.sent is not None and message.posted is not None:
-            self.deliver(key, message, float(work(op).payload_bytes))
+            clock.at[key] = math.inf
+            channel.posted.append((posted, action.microbatch, key))
+        while channel.sent and channel.posted:
+            self.deliver(channel)
 
-    def deliver(self, key: tuple[str, int, int], message: Message, size: float) -> None:
-        channel, lower, _ = key
-        ends = (lower, lower + 1) if channel == "F" else (lower + 1, lower)
-        src, dst = (self.clocks[end] for end in ends)
-        if (channel, lower) not in self.flow_s:
-            ranks = [representative(self.program, end) for end in ends]
-            self.flow_s[channel, lower] = transfer_seconds(self.network, *ranks, size)
-        out, into = f"send_{channel.lower()}", f"recv_{channel.lower()}"
-        assert message.sent is not None and message.posted is not None
-        start = max(message.sent, message.posted, src.streams.get(out, 0.0),
-                    dst.streams.get(into, 0.0))
-        message.arrived = src.streams[out] = dst.streams[into] = start + self.flow_s[channel, lower]
-        for end, stream in zip(ends, (out, into), strict=True):
-            self.spans.append(Span(end, stream, stream, start, message.arrived, "", size))
+    def port(self, rank: int, action: Action) -> tuple[Channel, Key, float]:
+        """Return a message's channel, its buffer, and the host's seconds."""
+        kind = action.stage, action.kind
+        if kind not in self.ports:
+            op = only_op(self.program, action)
+            issue, size = float(self.cost.issue_seconds(op)), float(work(op).payload_bytes)
+            layer = self.program.bodies[action.body][0].layer
+            key = self.program.key((*op.reads, *op.writes)[0], layer, action.microbatch)
+            peer = rank + op.attrs["peer"]
+            src, dst = (rank, peer) if op.kind == "send" else (peer, rank)
+            channel = self.channels.get((src, dst, op.attrs["channel"]))
+            if channel is None:
+                seconds = message_seconds(self.program, self.network, src, dst, size)
+                channel = Channel(src, dst, seconds, size)
+                self.channels[src, dst, op.attrs["channel"]] = channel
+            channel.streams[op.kind == "recv"] = op.stream
+            self.ports[kind] = channel, key, issue
+        return self.ports[kind]
+
+    def deliver(self, channel: Channel) -> None:
+        """Let the first message go as soon as both ends and their streams are free."""
+        (sent, number), (posted, expected, key) = channel.sent.popleft(), channel.posted.popleft()
+        if number != expected:
+            raise RuntimeError(f"the order deadlocks: {number} is sent, {expected} expected")
+        src, dst, (out, into) = self.clocks[channel.src], self.clocks[channel.dst], channel.streams
+        start = max(sent, posted, src.at.get(out, 0.0), dst.at.get(into, 0.0))
+        arrived = start + channel.seconds
+        dst.at[key] = dst.at[into] = src.at[out] = arrived
+        for clock, end, stream in ((src, channel.src, out), (dst, channel.dst, into)):
+            clock.talking.append((start, arrived))
+            self.spans.append(Span(end, stream, stream, start, arrived, "", channel.size_bytes))
+
+    def tie(self, rank: int, clock: Clock, action: Action) -> bool:
+        """Run a collective of several pipeline ranks once all have come."""
+        op, call = only_op(self.program, action), self.program.bodies[action.body][0]
+        seconds, issue, blocking = price(op, self.cost)
+        read = self.program.key(op.reads[0], call.layer, action.microbatch)
+        here = representative(self.program, rank)
+        came = self.ties.setdefault(call.block, {})
+        came[here] = max(
+            clock.at[HOST] + float(issue), clock.at.get(op.stream, 0.0), clock.at.get(read, 0.0)
+        )
+        if len(came) < len(group_ranks(self.program.mesh, op.group, here)):
+            return False
+        start = max(came.values())
+        end = start + float(seconds)
+        clock.at[HOST] = max(
+            clock.at[HOST] + float(issue), start + blocking * float(seconds) if blocking else 0.0
+        )
+        clock.at[op.stream] = end
+        clock.at[self.program.key(op.writes[0], call.layer, action.microbatch)] = end
+        clock.talking.append((start, end))
+        self.spans.append(
+            Span(rank, op.stream, op.kind, start, end, str(action), float(work(op).payload_bytes))
+        )
+        return True
 
     def compute(self, rank: int, clock: Clock, action: Action) -> bool:
-        template = self.laid[action.body]
-        start = clock.now
-        for kind in self.waits[action.body]:
-            message = self.message(message_key(action._replace(kind=kind)))
-            if message.arrived is None:
-                return False
-            start = max(start, message.arrived)
-        for stream in template.ends:
-            if stream != COMPUTE:
-                start = max(start, clock.streams.get(stream, 0.0))
-        if action.kind == "O":
-            start = max(start, *clock.streams.values(), start)
-        for stream, end in template.ends.items():
-            if stream != COMPUTE:
-                clock.streams[stream] = start + float(end)
-        clock.now = start + float(template.compute_end_s)
-        clock.compute_s += float(template.compute_s)
-        clock.exposed_s += template.exposed_s
-        self.spans.append(Span(rank, COMPUTE, action.body, start, clock.now, str(action)))
+        """Run an action from its template, unless it needs a message that is under way."""
+        body = action.body
+        done = clock.act(self.laid[body], action.microbatch)
+        if done is None:
+            return False
+        name = f"{body}{action.microbatch}"
+        self.spans += [Span(rank, stream, body, start, end, name) for stream, start, end in done]
         return True
 
 
@@ -166,30 +175,19 @@ def estimate(program: Program, cost: CostModel, network: Network) -> Timeline:
 
     Ranks that share their stages are one. Raises RuntimeError where the order deadlocks.
     """
-    path = _Path(program, cost, network, templates(program, cost), needs(program),
-                 [Clock() for _ in program.order])
-    while any([path.advance(rank) for rank in range(len(path.clocks))]):
-        pass
+    path = _Path(program, cost, network, templates(program, cost), [Clock() for _ in program.order])
+    moving = True
+    while moving:
+        moving = False
+        for rank in range(len(path.clocks)):
+            moving = path.advance(rank) or moving
     stuck = [r for r, c in enumerate(path.clocks) if c.position < len(program.order[r])]
-    if stuck:
-        raise RuntimeError(f"the order deadlocks on pipeline ranks {stuck}")
-    step = max(max(c.now, *c.streams.values(), c.now) for c in path.clocks)
-    return Timeline(step, tuple(path.spans), _times(path, step))
-
-
-def _times(path: _Path, step: float) -> dict[int, RankTimes]:
-    """Add the messages that no action hides to what the templates expose."""
-    from simcore.timeline import uncovered, union
-
-    found = {}
-    for rank, clock in enumerate(path.clocks):
-        mine = [s for s in path.spans if s.rank == rank]
-        acting = union((s.start_s, s.end_s) for s in mine if s.stream == COMPUTE)
-        flowing = union((s.start_s, s.end_s) for s in mine if s.stream != COMPUTE)
-        exposed = clock.exposed_s + uncovered(flowing, acting)
-        found[rank] = RankTimes(clock.compute_s, exposed,
-                                max(0.0, step - clock.compute_s - exposed))
-    return found
+    step = max(max(clock.at.values()) for clock in path.clocks)
+    if stuck or any(channel.sent or channel.posted for channel in path.channels.values()):
+        raise RuntimeError(f"the order deadlocks on pipeline ranks {stuck}: a message lacks an end")
+    return Timeline(
+        step, tuple(path.spans), {rank: clock.times(step) for rank, clock in enumerate(path.clocks)}
+    )
 
 
 def lower_bound(program: Program, cost: CostModel) -> float:
@@ -199,10 +197,8 @@ def lower_bound(program: Program, cost: CostModel) -> float:
     for actions in program.order:
         streams: dict[str, float] = {}
         for action in actions:
-            if is_message(action):
-                continue
-            for span in laid[action.body].spans:
-                streams[span.stream] = streams.get(span.stream, 0.0) + span.end_s - span.start_s
+            for stream, seconds in laid[action.body].busy.items():
+                streams[stream] = streams.get(stream, 0.0) + float(seconds)
         best = max(best, *streams.values())
     return best
 
@@ -213,13 +209,9 @@ def serial_sum(program: Program, cost: CostModel, network: Network) -> float:
     total = 0.0
     for rank, actions in enumerate(program.order):
         for action in actions:
-            op = program.blocks[program.bodies[action.body][0].block].ops[0]
-            if not is_message(action):
-                total += float(laid[action.body].serial_s)
-                continue
-            total += float(cost.issue_seconds(op))
-            if op.kind == "send":
-                peer = representative(program, rank + op.attrs["peer"])
-                total += transfer_seconds(network, representative(program, rank), peer,
-                                          float(work(op).payload_bytes))
+            total += float(laid[action.body].serial_s)
+            op = only_op(program, action)
+            if is_message(action) and op.kind == "send":
+                size = float(work(op).payload_bytes)
+                total += message_seconds(program, network, rank, rank + op.attrs["peer"], size)
     return total

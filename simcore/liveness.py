@@ -28,7 +28,10 @@ def sequences(program: Program, rank: int) -> list[tuple[str, ...]]:
 
 
 def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ...]]]:
-    """Return which buffers die after which op, for every body of pipeline rank ``rank``."""
+    """Return which buffers die after which op, for every body of pipeline rank ``rank``.
+
+    A value lives from the op that defines it to its last use before the next definition.
+    """
     keep = set(program.info.get("keep", ()))
     found: dict[str, dict[Position, tuple[Key, ...]]] = {}
     for chain in sequences(program, rank):
@@ -36,6 +39,8 @@ def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ..
         for body in chain:
             inside: dict[Key, tuple[str, Position]] = {}
             for where, layer, op in positions(program, body):
+                for table in (last, inside):
+                    _collect(found, _redefined(program, op, layer, table))
                 for name in (*op.reads, *op.writes):
                     scope = _scope(program, name)
                     key = program.key(name, layer, 0)
@@ -46,6 +51,15 @@ def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ..
             _collect(found, inside)
         _collect(found, last)
     return found
+
+
+def _redefined(
+    program: Program, op: Op, layer: int, last: Mapping[Key, tuple[str, Position]]
+) -> dict[Key, tuple[str, Position]]:
+    """Return the entries of ``last`` whose buffers ``op`` writes anew, whole and unread."""
+    read = {program.key(name, layer, 0) for name in op.reads}
+    whole = (program.key(name, layer, 0) for name in op.writes if not program.buffer(name).base)
+    return {key: last[key] for key in whole if key in last and key not in read}
 
 
 def _scope(program: Program, name: str) -> str:
@@ -139,24 +153,33 @@ class _Heap:
             self.bind(key, source)
 
 
+def _profile(program: Program, rank: int) -> dict[str, tuple[float, float]]:
+    """Return per body by how much it changes the level of one microbatch, and its peak above it."""
+    dying = drops(program, rank)
+    profile: dict[str, tuple[float, float]] = {}
+    for chain in sequences(program, rank):
+        if all(body in profile for body in chain):
+            continue
+        heap = _Heap(program)
+        for body in chain:
+            before = heap.peak = heap.now
+            for where, layer, op in positions(program, body):
+                heap.run(op, layer, 0)
+                for key in dying.get(body, {}).get(where, ()):
+                    heap.release(key)
+            profile[body] = (heap.now - before, heap.peak - before)
+    return profile
+
+
 SHARES_STORAGE = frozenset({"alias", "all_reduce"})
 
 
 def activation_peaks(program: Program, rank: int) -> tuple[float, list[tuple[Action, float]]]:
     """Return the peak bytes of buffers that come and go, and the level after every action."""
-    heap, dying = _Heap(program), drops(program, rank)
-    profile: dict[tuple[str, bool], tuple[float, float]] = {}
+    profile = _profile(program, rank)
     level, peak, levels = 0.0, 0.0, []
     for action in program.order[rank]:
-        kind = (action.body, False)
-        if kind not in profile:
-            heap.now, heap.peak = 0.0, 0.0
-            for where, layer, op in positions(program, action.body):
-                heap.run(op, layer, 0)
-                for key in dying.get(action.body, {}).get(where, ()):
-                    heap.release(key)
-            profile[kind] = (heap.now, heap.peak)
-        change, inside = profile[kind]
+        change, inside = profile[action.body]
         peak = max(peak, level + inside)
         level += change
         levels.append((action, level))

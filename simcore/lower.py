@@ -98,7 +98,9 @@ class _Lowering:
         whole = "work" if stage == 3 else "weight"
         self.buffers[f"{unit}.w"] = Buffer((padded,), dtype, whole, layered)
         grads = "work" if stage >= 2 else "grad"
-        self.buffers[f"{unit}.g"] = Buffer((padded,), self.grads_dtype, grads, layered, init="zeros")
+        self.buffers[f"{unit}.g"] = Buffer(
+            (padded,), self.grads_dtype, grads, layered, init="zeros"
+        )
         self.buffers[f"{unit}.g.rep"] = Buffer(
             (replicated,), self.grads_dtype, "grad", layered, f"{unit}.g"
         )
@@ -161,7 +163,9 @@ class _Lowering:
         states = []
         for state in OPTIMIZER_STATES[self.optimizer]:
             states.append(f"{unit}.{state}")
-            self.buffers[states[-1]] = Buffer(held.dims, "fp32", "state", held.layered, init="zeros")
+            self.buffers[states[-1]] = Buffer(
+                held.dims, "fp32", "state", held.layered, init="zeros"
+            )
         master = held.dtype != "fp32"
         if master:
             states.append(f"{unit}.master")
@@ -170,7 +174,8 @@ class _Lowering:
         n = held.elements
         clears = {grad, f"{unit}.g"} if stage == 1 else {grad}
         return [
-            Op("adam", {"n": n}, held.dtype, (grad, weight, *states), (weight, *states), attrs=attrs),
+            Op("adam", {"n": n}, held.dtype, (grad, weight, *states), (weight, *states),
+               attrs=attrs),
             *(Op("fill", {"n": self.buffers[g].elements}, self.grads_dtype, (), (g,))
               for g in sorted(clears)),
         ]
@@ -206,12 +211,12 @@ def _units(first: int, count: int, *, embed: bool, head: bool) -> list[Call]:
     return calls
 
 
-def _prefetched(calls: list[list[Call]], unshard: list[Call | None]) -> tuple[Call, ...]:
+def _prefetched(calls: list[list[Call]], unshard: list[list[Call]]) -> tuple[Call, ...]:
     """Interleave gathers one unit ahead of the unit that needs them."""
     body: list[Call] = []
     for index, unit in enumerate(calls):
         wanted = unshard[:2] if index == 0 else unshard[index + 1 : index + 2]
-        body += [call for call in wanted if call is not None]
+        body += [call for gathers in wanted for call in gathers]
         body += unit
     return tuple(body)
 
@@ -222,9 +227,15 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         name = f"{unit.block}.{what}"
         return [Call(name, unit.layer)] if name in low.blocks else []
 
-    def one(unit: Call, what: str) -> Call | None:
-        found = present(unit, what)
-        return found[0] if found else None
+    ends = {"embed": units[0], "head": units[-1]}
+    tied = low.model.tied_embeddings and all(ends[name].block == name for name in ends)
+
+    def first(unit: Call, what: str) -> list[Call]:
+        """What comes before a unit's backward; the head's also prepares a tied table."""
+        if not tied or unit.block not in ends:
+            return present(unit, what)
+        return present(ends["head"], what) + present(ends["embed"], what) if (
+            unit.block == "head") else []
 
     always = low.shards.stage >= 2
     full = low.parallel.recompute == "full"
@@ -232,17 +243,17 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
     def back(unit: Call, last: bool) -> list[Call]:
         again = present(unit, "F") if full and unit.block == "layer" else []
         reduce = present(unit, "reduce") if always or last else []
-        return [*present(unit, "clear"), *again, *present(unit, "B"), *reduce]
+        return [*first(unit, "clear"), *again, *present(unit, "B"), *reduce]
 
     reverse = units[::-1]
-    gathers = [one(u, "unshard") for u in units]
-    bodies = {
+    gathers = [present(u, "unshard") for u in units]
+    regathers = [first(u, "unshard") for u in reverse]
+    return {
         f"{stage}F": _prefetched([present(u, "F") for u in units], gathers),
-        f"{stage}B": _prefetched([back(u, False) for u in reverse], gathers[::-1]),
-        f"{stage}BR": _prefetched([back(u, True) for u in reverse], gathers[::-1]),
+        f"{stage}B": _prefetched([back(u, False) for u in reverse], regathers),
+        f"{stage}BR": _prefetched([back(u, True) for u in reverse], regathers),
         f"{stage}O": tuple(call for u in units for call in present(u, "step")),
     }
-    return bodies
 
 
 def _boundary(low: _Lowering, elements: Size) -> None:
@@ -328,7 +339,8 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     stages = len(layers)
     orders = SCHEDULES[parallel.schedule](stages, count)
     order = tuple(
-        (*_with_communication(_last_reduces(actions), stages), Action(rank, "O", 0))
+        (*_with_communication(_last_reduces(actions), stages),
+         *([Action(rank, "TIE", 0)] if f"{rank}TIE" in bodies else []), Action(rank, "O", 0))
         for rank, actions in enumerate(orders)
     )
     info = {"kind": "train", "microbatches": count, "batch": parallel.microbatch,
@@ -350,12 +362,13 @@ def _pipeline_bodies(
         units = _units(first, count, embed=stage == 0, head=stage == last)
         bodies |= _stage_bodies(low, stage, units)
         if stage:
-            bodies |= {f"{stage}{kind}": (Call(kind.lower(), first),) for kind in ("RECV_F", "SEND_B")}
+            bodies |= {f"{stage}{kind}": (Call(kind.lower(), first),)
+                       for kind in ("RECV_F", "SEND_B")}
         if stage < last:
             bodies |= {f"{stage}{kind}": (Call(kind.lower(), first + count),)
                        for kind in ("SEND_F", "RECV_B")}
         first += count
-    if low.model.tied_embeddings and last:
+    if low.model.tied_embeddings and last and "embed.step" in low.blocks:
         _tie(low, bodies, last)
     return bodies, layers
 
@@ -367,8 +380,8 @@ def _tie(low: _Lowering, bodies: dict[str, tuple[Call, ...]], last: int) -> None
     low.add("embed.tie", [Op("all_reduce", {"n": grads.elements}, grads.dtype, (name,), (name,),
                              "dp", "ends")])
     for stage in (0, last):
-        extra = () if stage == 0 else (Call("embed.step", 0),)
-        bodies[f"{stage}O"] = (Call("embed.tie", 0), *bodies[f"{stage}O"], *extra)
+        bodies[f"{stage}TIE"] = (Call("embed.tie", 0),)
+    bodies[f"{last}O"] += (Call("embed.step", 0),)
     for kind in ("B", "BR"):
         if Call("embed.reduce", 0) in bodies[f"0{kind}"]:
             bodies[f"{last}{kind}"] += (Call("embed.reduce", 0),)
@@ -409,11 +422,34 @@ def lower_pass(
     order = tuple(
         tuple(_with_communication([Action(stage, "F", 0)], stages)) for stage in range(stages)
     )
+    if stages > 1:
+        order = _token_return(low, bodies, order, rows.batch)
     low.buffers = {n: b for n, b in low.buffers.items() if not n.startswith("g.") and
                    not n.endswith((".g", ".g.rep"))}
-    info = {"kind": "generate", "microbatches": 1, "batch": rows.batch, "vocab": model.vocab,
-            "dp": parallel.dp, "keep": ("next",)}
+    info = {"kind": "generate", "new_rows": rows.new, "microbatches": 1, "batch": rows.batch,
+            "vocab": model.vocab, "dp": parallel.dp, "keep": ("next",)}
     return _program(low, bodies, order, info)
+
+
+def _token_return(
+    low: _Lowering, bodies: dict[str, tuple[Call, ...]], order: tuple[tuple[Action, ...], ...],
+    batch: Size,
+) -> tuple[tuple[Action, ...], ...]:
+    """Send the chosen tokens from the last stage back to the first, which embeds them next."""
+    last = len(order) - 1
+    head = next(call.layer for call in bodies[f"{last}F"] if call.block == "head.F")
+    ends = {"send": (last, -last), "recv": (0, last)}
+    found = list(order)
+    for kind, (stage, peer) in ends.items():
+        reads, writes = (("next",), ()) if kind == "send" else ((), ("next",))
+        low.blocks[f"{kind}_t"] = (
+            Op(kind, {"n": batch}, "int64", reads, writes, f"{kind}_t", "pp",
+               {"peer": peer, "channel": "T"}),
+        )
+        name = f"{kind.upper()}_T"
+        bodies[f"{stage}{name}"] = (Call(f"{kind}_t", head),)
+        found[stage] = (*found[stage], Action(stage, name, 0))
+    return tuple(found)
 
 
 def check_generation(parallel: ParallelStrategy, workload: Generation) -> None:

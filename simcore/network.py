@@ -35,8 +35,8 @@ class Builder:
         return name
 
     def weight(
-        self, name: str, *dims: Size, dtype: str, pieces: tuple[Size, ...] = (), shard_dim: int = -1,
-        init: str = "normal",
+        self, name: str, *dims: Size, dtype: str, pieces: tuple[Size, ...] = (),
+        shard_dim: int = -1, init: str = "normal",
     ) -> str:
         """Declare a weight of this block and return its full name."""
         full = f"{self.prefix}.{name}"
@@ -46,8 +46,9 @@ class Builder:
         return full
 
     def op(
-        self, kind: str, reads: tuple[str, ...], writes: tuple[str, ...], *, stream: str = "compute",
-        group: str = "", dtype: str = "", attrs: dict[str, Any] | None = None, **dims: Size,
+        self, kind: str, reads: tuple[str, ...], writes: tuple[str, ...], *,
+        stream: str = "compute", group: str = "", dtype: str = "",
+        attrs: dict[str, Any] | None = None, **dims: Size,
     ) -> str:
         """Append an op and return its first result."""
         self.ops.append(
@@ -135,7 +136,7 @@ def _linear(
     """Append y = x W^T; a bias of a row-parallel product is added by `_row_bias` instead."""
     dtype = model.weights_dtype
     weight = b.weight(f"w{name}", n, k, dtype=dtype, pieces=pieces, shard_dim=shard_dim)
-    reads = (x, weight)
+    reads: tuple[str, ...] = (x, weight)
     if bias:
         row = b.weight(f"b{name}", n, dtype=dtype, pieces=pieces, shard_dim=shard_dim, init="zeros")
         reads += (row,)
@@ -164,11 +165,13 @@ def _attention(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: 
         attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": d}
         qkv = b.op("rope", (qkv, "positions"), (turned,), t=tokens, n=(heads + kv_heads) * d,
                    attrs=attrs)
-    out, lse = b.act("o", tokens, heads * d), b.act("lse", rows.batch, heads, rows.new, dtype="fp32")
+    out = b.act("o", tokens, heads * d)
+    lse = b.act("lse", rows.batch, heads, rows.new, dtype="fp32")
     reads: tuple[str, ...] = (qkv,)
     if rows.keep_cache:
         length = rows.cached + rows.new
-        cache = b.act("cache", 2, rows.batch, length, kv_heads, d, dtype=model.kv_dtype, scope="cache")
+        cache = b.act("cache", 2, rows.batch, kv_heads, length, d, dtype=model.kv_dtype,
+                      scope="cache")
         attrs = {"kv_dtype": model.kv_dtype, "heads": heads, "kv_heads": kv_heads, "head_dim": d,
                  "b": rows.batch}
         b.op("cache_append", (qkv,), (cache,), t=tokens, n=2 * kv_heads * d, attrs=attrs)
@@ -215,7 +218,9 @@ def check_lowerable(model: ModelSpec) -> None:
         )
 
 
-def layer_block(model: ModelSpec, tp: TensorParallel, rows: Rows, buffers: dict[str, Buffer]) -> list[Op]:
+def layer_block(
+    model: ModelSpec, tp: TensorParallel, rows: Rows, buffers: dict[str, Buffer]
+) -> list[Op]:
     """Return the forward ops of one transformer layer: h -> h+."""
     b = Builder("layer", model.compute_dtype, buffers)
     tokens, local, hidden = rows.tokens, tp.local(rows.tokens), model.hidden
@@ -237,13 +242,16 @@ def layer_block(model: ModelSpec, tp: TensorParallel, rows: Rows, buffers: dict[
     return b.ops
 
 
-def embed_block(model: ModelSpec, tp: TensorParallel, rows: Rows, buffers: dict[str, Buffer]) -> list[Op]:
+def embed_block(
+    model: ModelSpec, tp: TensorParallel, rows: Rows, buffers: dict[str, Buffer]
+) -> list[Op]:
     """Return the forward ops from token numbers to the residual stream: tokens -> h."""
     b = Builder("embed", model.compute_dtype, buffers, layered=False)
     tokens, hidden = rows.tokens, model.hidden
     vocab = tp.split(model.vocab)
     buffers["tokens"] = Buffer((tokens,), "int64", "data", layered=False)
-    table = b.weight("table", vocab, hidden, dtype=model.weights_dtype, pieces=(model.vocab,), shard_dim=0)
+    table = b.weight("table", vocab, hidden, dtype=model.weights_dtype, pieces=(model.vocab,),
+                     shard_dim=0)
     group = "tp" if tp.present else ""
     whole = model.position != "learned"
     out = "h" if whole and not tp.present else b.act("e", tokens, hidden)
@@ -274,8 +282,10 @@ def head_block(
     b = Builder("head", model.compute_dtype, buffers, layered=False)
     tokens, local, hidden = rows.tokens, tp.local(rows.tokens), model.hidden
     vocab = tp.split(model.vocab)
-    b.act("h", local, hidden)
-    normed = _norm(b, model, "h", "nf", local) if model.final_norm else "h"
+    stream = b.act("h", local, hidden)
+    if rows.keep_cache:
+        stream, tokens, local = _last_rows(b, rows, stream, hidden), rows.batch, rows.batch
+    normed = _norm(b, model, stream, "nf", local) if model.final_norm else stream
     normed = tp.enter(b, normed, tokens, hidden)
     if model.tied_embeddings:
         logits = b.act("logits", tokens, vocab)
@@ -285,7 +295,7 @@ def head_block(
         logits = _linear(b, model, normed, "logits", tokens, vocab, hidden,
                          pieces=(model.vocab,), bias=model.head_bias, shard_dim=0)
     if np.ndim(loss_scale) == 0 and loss_scale == 0:
-        return _sample(b, model, tp, rows, logits)
+        return _sample(b, model, tp, tokens, logits)
     buffers["targets"] = Buffer((tokens,), "int64", "data", layered=False)
     group = "tp" if tp.present else ""
     attrs = {"vocab_axis": group, "vocab": model.vocab, "scale": loss_scale}
@@ -300,9 +310,19 @@ def head_block(
     return b.ops
 
 
-def _sample(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, logits: str) -> list[Op]:
+def _last_rows(b: Builder, rows: Rows, x: str, hidden: int) -> str:
+    """Append the choice of every sequence's last row: only it goes through the head."""
+    if np.ndim(rows.new) == 0 and rows.new == 1:
+        return x
+    out = b.act("last", rows.batch, hidden)
+    return b.op("last_rows", (x,), (out,), t=rows.batch, n=hidden)
+
+
+def _sample(
+    b: Builder, model: ModelSpec, tp: TensorParallel, tokens: Size, logits: str
+) -> list[Op]:
     """Append the choice of the next token from every row's logits, gathered over tp."""
-    vocab, tokens = tp.split(model.vocab), rows.tokens
+    vocab = tp.split(model.vocab)
     if tp.present:
         whole = b.act("logits.all", tp.degree * tokens, vocab)
         logits = b.op("all_gather", (logits,), (whole,), n=tp.degree * tokens * vocab,

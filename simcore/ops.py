@@ -220,6 +220,7 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "softmax_stats": _elementwise(1, 0, 4),
     "softmax_loss": _elementwise(1, 0, 4),
     "softmax_backward": _elementwise(1, 1, 4),
+    "last_rows": _elementwise(1, 1, 0),
     "sample": _elementwise(1, 0, 1),
     "attention": _attention,
     "attention_backward": _attention_backward,

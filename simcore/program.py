@@ -97,8 +97,13 @@ PER_MICROBATCH = frozenset({"act", "data", "cache"})
 PERSISTENT = frozenset({"weight", "grad", "state", "cache"})
 
 
+ENDS = "ends"  # the group of the first and the last pipeline rank
+
+
 def axis_degree(mesh: Mapping[str, int], group: str) -> int:
-    """Return the number of ranks in a group along ``group``: an axis, or axes joined by ``*``."""
+    """Return the ranks in a group along ``group``: an axis, axes joined by ``*``, or the ends."""
+    if group == ENDS:
+        return min(2, mesh["pp"])
     total = 1
     for axis in filter(None, group.split("*")):
         total *= mesh[axis]
@@ -108,7 +113,7 @@ def axis_degree(mesh: Mapping[str, int], group: str) -> int:
 def coordinates(mesh: Mapping[str, int], rank: int) -> dict[str, int]:
     """Return the rank's index along every axis; the last axis varies fastest."""
     found: dict[str, int] = {}
-    for axis in reversed(mesh):
+    for axis in reversed(tuple(mesh)):
         rank, found[axis] = divmod(rank, mesh[axis])
     return {axis: found[axis] for axis in mesh}
 
@@ -125,6 +130,8 @@ def group_ranks(mesh: Mapping[str, int], group: str, rank: int) -> list[int]:
     """Return the ranks that share every coordinate of ``rank`` except those along ``group``."""
     axes = group.split("*")
     mine = coordinates(mesh, rank)
+    if group == ENDS:
+        return [rank_at(mesh, mine | {"pp": end}) for end in sorted({0, mesh["pp"] - 1})]
     total = axis_degree(mesh, group)
     members = []
     for index in range(total):

@@ -93,21 +93,50 @@ class Timeline:
         events: list[dict[str, Any]] = []
         for span in self.spans:
             thread = streams.setdefault((span.rank, span.stream), len(streams))
-            events.append({
-                "name": span.action or span.name, "cat": span.stream, "ph": "X",
-                "ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6,
-                "pid": span.rank, "tid": thread,
-                "args": {"op": span.name, "bytes": span.size_bytes, "flops": span.flops},
-            })
+            events.append(
+                {
+                    "name": span.action or span.name,
+                    "cat": span.stream,
+                    "ph": "X",
+                    "ts": span.start_s * 1e6,
+                    "dur": (span.end_s - span.start_s) * 1e6,
+                    "pid": span.rank,
+                    "tid": thread,
+                    "args": {"op": span.name, "bytes": span.size_bytes, "flops": span.flops},
+                }
+            )
         for (rank, stream), thread in streams.items():
-            events.append({"name": "thread_name", "ph": "M", "pid": rank, "tid": thread,
-                           "args": {"name": stream}})
-        for rank in {rank for rank, _ in streams}:
-            events.append({"name": "process_name", "ph": "M", "pid": rank, "tid": 0,
-                           "args": {"name": f"rank {rank}"}})
+            events.append(
+                {
+                    "name": "thread_name",
+                    "ph": "M",
+                    "pid": rank,
+                    "tid": thread,
+                    "args": {"name": stream},
+                }
+            )
+        events += [
+            {
+                "name": "process_name",
+                "ph": "M",
+                "pid": rank,
+                "tid": 0,
+                "args": {"name": f"rank {rank}"},
+            }
+            for rank in {rank for rank, _ in streams}
+        ]
         for rank, levels in self.memory.items():
-            events += [{"name": "memory", "ph": "C", "ts": s * 1e6, "pid": rank, "tid": 0,
-                        "args": {"bytes": held}} for s, held in levels]
+            events += [
+                {
+                    "name": "memory",
+                    "ph": "C",
+                    "ts": s * 1e6,
+                    "pid": rank,
+                    "tid": 0,
+                    "args": {"bytes": held},
+                }
+                for s, held in levels
+            ]
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def to_chrome_text(self) -> str:

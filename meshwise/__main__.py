@@ -1,0 +1,7 @@
+"""``python -m meshwise``."""
+
+import sys
+
+from meshwise.cli import main
+
+sys.exit(main())

@@ -1,0 +1,122 @@
+"""Where a scenario runs: its cluster, what is known of its speed, and how much memory a rank has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hwmodels.catalogue import THIS_CPU, load_cluster, make_cluster
+from hwmodels.cost import ClusterCost
+from hwmodels.hardware import Cluster
+from hwmodels.profile import Profile, default_path, read_profile
+from simcore.errors import InputError
+from simcore.scenario import Scenario
+
+# vLLM's default gpu_memory_utilization is 0.9: the rest is left to the driver, to the
+# communication library's buffers and to fragmentation.
+RESERVE_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A cluster, its measured profile where there is one, and the bounds of a rank's memory."""
+
+    cluster: Cluster
+    profile: Profile | None
+    memory_bytes: float
+    reserve_bytes: float
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def cost(self, mesh: Mapping[str, int]) -> ClusterCost:
+        """Return the cost model of a mesh over this cluster."""
+        return ClusterCost(self.cluster, mesh, self.profile)
+
+    def peak_flops_per_s(self, dtype: str) -> float:
+        """Return what utilisation is measured against: the measured peak, or the datasheet's."""
+        if self.profile is not None and self.profile.peaks.get("flops_per_s"):
+            return float(self.profile.peaks["flops_per_s"])
+        chip = self.cluster.chip
+        return float(chip.peak_flops_per_s.get(dtype) or chip.vector_flops_per_s)
+
+    def dtype_warnings(self, dtype: str) -> tuple[str, ...]:
+        """Return a warning where the chip documents no matrix rate for ``dtype``."""
+        chip = self.cluster.chip
+        if self.profile is not None or dtype in chip.peak_flops_per_s:
+            return ()
+        return (f"{chip.name} documents no matrix rate for {dtype}: its vector rate is used.",)
+
+
+def scenario_cluster(scenario: Scenario) -> Cluster:
+    """Return the cluster that a scenario names."""
+    table = scenario.cluster
+    if table.cluster is not None:
+        name = table.cluster
+        path = str(scenario.path(name)) if name.endswith(".toml") else name
+        return load_cluster(path, table.nodes or 1)
+    assert table.gpu is not None
+    gpu = str(scenario.path(table.gpu)) if table.gpu.endswith(".toml") else table.gpu
+    return make_cluster(
+        gpu, table.gpus_per_node or 1, table.nodes or 1, table.scale_up, table.scale_out
+    )
+
+
+def find_profile(cluster: Cluster, path: Path | None) -> Profile | None:
+    """Return the measured profile of the cluster's chip, or None where there is none."""
+    if cluster.chip.name != THIS_CPU:
+        if path is not None:
+            raise InputError(
+                f"a profile describes {THIS_CPU!r}, but the scenario runs on "
+                f"{cluster.chip.name!r}: drop --profile or change [cluster].gpu."
+            )
+        return None
+    if path is not None:
+        return read_profile(path)
+    return read_profile(default_path()) if default_path().is_file() else None
+
+
+def machine_bytes() -> float:
+    """Return the main memory of this machine, 0 where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return 0.0
+
+
+def rank_memory_bytes(cluster: Cluster, profile: Profile | None) -> float:
+    """Return the memory of one rank; on this machine the ranks share its memory evenly."""
+    if cluster.chip.name != THIS_CPU:
+        return float(cluster.chip.hbm.size_bytes)
+    whole = (profile.memory_bytes if profile else 0.0) or machine_bytes()
+    return whole / cluster.gpus_per_node if whole else float(cluster.chip.hbm.size_bytes)
+
+
+def _speed_notes(cluster: Cluster, profile: Profile | None) -> tuple[list[str], list[str]]:
+    """Return the assumptions and the warnings about where seconds come from."""
+    chip = cluster.chip.name
+    if profile is not None:
+        about = profile.provenance
+        return [f"seconds on {chip} come from the measured profile {profile.name!r} "
+                f"({about.get('measurements', '?')} measurements, {about.get('date', 'undated')})."
+                ], []
+    if chip == THIS_CPU:
+        return ["seconds on this-cpu are a datasheet roofline of a generic x86 core."], [
+            "this machine is NOT CALIBRATED: a generic x86 core stands in, and times may be off "
+            "several-fold; run 'meshwise calibrate' first."]
+    return [f"seconds on {chip} are a datasheet roofline (launch + max of FLOPs over peak and "
+            "bytes over bandwidth), uncalibrated: an optimistic bound, real kernels reach less.",
+            f"links are {cluster.scale_up.name} inside a node of {cluster.gpus_per_node}"
+            + (f" and {cluster.scale_out.name} between {cluster.nodes} nodes"
+               if cluster.nodes > 1 else "") + ", as their datasheets state."], []
+
+
+def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
+    """Return where ``scenario`` runs. Raises `InputError` for unknown hardware."""
+    cluster = scenario_cluster(scenario)
+    found = find_profile(cluster, Path(profile) if profile is not None else None)
+    memory = rank_memory_bytes(cluster, found)
+    assumptions, warnings = _speed_notes(cluster, found)
+    return Setting(cluster, found, memory, RESERVE_SHARE * memory, tuple(assumptions),
+                   tuple(warnings))

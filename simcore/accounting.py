@@ -1,0 +1,57 @@
+"""What a program says that a rank will do in one step: FLOPs, traffic and payload."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from simcore.ops import work
+from simcore.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the ops of a rank in one step; ``payload_bytes`` by (kind, group)."""
+
+    flops: float
+    vector_flops: float
+    read_bytes: float
+    write_bytes: float
+    payload_bytes: Mapping[tuple[str, str], float]
+
+
+def block_totals(program: Program) -> dict[str, Totals]:
+    """Return the sums over every block's ops."""
+    found = {}
+    for name, block in program.blocks.items():
+        payload: dict[tuple[str, str], float] = {}
+        flops = vector = read = write = 0.0
+        for op in block.ops:
+            done = work(op)
+            flops += done.flops
+            vector += done.vector_flops
+            read += done.read_bytes
+            write += done.write_bytes
+            if op.is_communication:
+                key = op.kind, op.group
+                payload[key] = payload.get(key, 0.0) + done.payload_bytes
+        found[name] = Totals(flops, vector, read, write, payload)
+    return found
+
+
+def step_totals(program: Program, pp_rank: int) -> Totals:
+    """Return the sums over the actions of pipeline rank ``pp_rank``."""
+    blocks = block_totals(program)
+    uses = Counter(
+        call.block for action in program.order[pp_rank] for call in program.bodies[action.body]
+    )
+    payload: dict[tuple[str, str], float] = {}
+    for name, times in uses.items():
+        for key, size in blocks[name].payload_bytes.items():
+            payload[key] = payload.get(key, 0.0) + times * size
+    flops, vector, read, write = (
+        sum(times * getattr(blocks[name], what) for name, times in uses.items())
+        for what in ("flops", "vector_flops", "read_bytes", "write_bytes")
+    )
+    return Totals(flops, vector, read, write, payload)

@@ -1,0 +1,239 @@
+"""Lower bounds on a training step's time and memory, cheap enough for a whole lattice.
+
+One layer, the embedding and the head are lowered and priced once per way to shard them; a stage is
+so many of them. Time: every stream of a rank does all its work one piece after the other, and the
+busiest stage waits for the first microbatch to come and for the last to go back (Narayanan et al.
+2021, section 2.2). Memory: what stays for the whole step, and what the microbatches in flight keep
+for their backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from hwmodels.cost import ClusterCost
+from simcore.costs import transfer_seconds
+from simcore.liveness import SHARES_STORAGE
+from simcore.lower import UNITS, lower_training
+from simcore.models import ModelSpec
+from simcore.ops import COMPUTE, Op
+from simcore.program import PERSISTENT, Call, Program
+from simcore.strategy import ParallelStrategy, microbatches, stage_layers
+from simcore.templates import HOST, Template, Workbench
+from simcore.workloads import TrainStep
+
+Streams = dict[str, float]  # seconds that pass on each stream
+CostOf = Callable[[ParallelStrategy], ClusterCost]
+
+
+class Bounds(Protocol):
+    """What the search asks before it prices a strategy exactly."""
+
+    def memory_bytes(self, parallel: ParallelStrategy) -> float:
+        """Return bytes that the worst rank needs at least."""
+        ...
+
+    def seconds(self, parallel: ParallelStrategy) -> float:
+        """Return seconds that the strategy takes at least."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What the embedding, one layer and the head take: seconds per block, bytes per unit."""
+
+    blocks: Mapping[str, Streams]
+    resident_bytes: Mapping[str, float]
+    saved_bytes: Mapping[str, float]
+    boundary_bytes: float
+
+
+def passing(template: Template) -> Streams:
+    """Return, per stream, by how much later a body leaves it than it found it."""
+    found = {}
+    for entry, row in template.after:
+        if isinstance(entry, str):
+            delays = {template.inputs[i]: float(delay) for i, delay in template.rows[row]}
+            found[entry] = delays.get(entry, 0.0)
+    return found
+
+
+def total(parts: Iterable[tuple[float, Streams]]) -> Streams:
+    """Return the sum of streams, each part so many times."""
+    found: Streams = {}
+    for times, part in parts:
+        for stream, seconds in part.items():
+            found[stream] = found.get(stream, 0.0) + times * seconds
+    return found
+
+
+def critical(streams: Streams) -> float:
+    """Return the seconds of the thread that computes."""
+    return max(streams.get(COMPUTE, 0.0), streams.get(HOST, 0.0))
+
+
+def busiest(streams: Streams) -> float:
+    """Return the seconds of the busiest stream."""
+    return max(streams.values(), default=0.0)
+
+
+# ---------------------------------------------------------------- bytes of a unit
+
+
+def _root(program: Program, name: str) -> str:
+    buffer = program.buffer(name)
+    return buffer.base or name.removesuffix("+")
+
+
+def _touched(ops: Iterable[Op]) -> set[str]:
+    return {name for op in ops for name in (*op.reads, *op.writes) if not name.endswith("+")}
+
+
+def resident_bytes(program: Program, unit: str) -> float:
+    """Return what a unit keeps for the whole step: weights, gradients, optimizer states."""
+    blocks = [block for name, block in program.blocks.items() if name.startswith(f"{unit}.")]
+    names = {_root(program, name) for block in blocks for name in _touched(block.ops)}
+    own = {name for name in names if name.startswith(f"{unit}.")}
+    return sum(float(program.buffers[n].size_bytes) for n in own
+               if program.buffers[n].scope in PERSISTENT)
+
+
+def saved_bytes(program: Program, unit: str) -> float:
+    """Return what a unit's forward leaves for its backward, storage that is shared once."""
+    forward = program.blocks[f"{unit}.F"].ops
+    storage: dict[str, str] = {}
+    for op in forward:
+        if op.kind in SHARES_STORAGE and op.writes:
+            storage[op.writes[0]] = storage.get(op.reads[0], op.reads[0])
+    later = _touched(program.blocks[f"{unit}.B"].ops) if f"{unit}.B" in program.blocks else set()
+    kept = {storage.get(name, name) for name in _touched(forward) & later}
+    found = (program.buffers[n] for n in kept if not n.endswith("+"))
+    return sum(float(b.size_bytes) for b in found if b.scope == "act" and not b.base)
+
+
+# ---------------------------------------------------------------- stages
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Seconds of a stage's forward, backward, last backward and optimizer, by stream."""
+
+    forward: Streams
+    backward: Streams
+    last: Streams
+    optimizer: Streams
+
+
+def make_stage(units: Units, layers: int, ends: tuple[bool, bool], parallel: ParallelStrategy) -> Stage:
+    """Return the stage of so many layers; ``ends``: whether it has the embedding and the head."""
+    counts = {"embed": float(ends[0]), "layer": float(layers), "head": float(ends[1])}
+
+    def of(*kinds: str) -> Streams:
+        return total((counts[unit], units.blocks.get(f"{unit}.{kind}", {}))
+                     for unit in UNITS for kind in kinds)
+
+    again = units.blocks["layer.F"] if parallel.recompute == "full" else {}
+    back = total([(1.0, of("unshard", "clear", "B")), (float(layers), again)])
+    reduced = total([(1.0, back), (1.0, of("reduce"))])
+    always = parallel.zero >= 2 and parallel.dp > 1
+    return Stage(of("unshard", "F"), reduced if always else back, reduced, of("step"))
+
+
+@dataclass(slots=True)
+class TrainBounds:
+    """Bounds of training steps; what strategies share is worked out once."""
+
+    model: ModelSpec
+    workload: TrainStep
+    cost_of: CostOf
+    units: dict[ParallelStrategy, Units] = field(default_factory=dict)
+    stages: dict[tuple[ParallelStrategy, int, tuple[bool, bool]], Stage] = field(
+        default_factory=dict)
+    hops: dict[tuple[ParallelStrategy, int], float] = field(default_factory=dict)
+
+    def unit(self, parallel: ParallelStrategy) -> Units:
+        """Return the units of a strategy, whatever its pipeline, schedule and recomputation."""
+        key = replace(parallel, pp=1, schedule="1f1b", recompute="none", layers_per_stage=())
+        if key not in self.units:
+            self.units[key] = self._price(key)
+        return self.units[key]
+
+    def _price(self, parallel: ParallelStrategy) -> Units:
+        model = replace(self.model, layers=1, mixers=self.model.mixers[:1])
+        work = replace(self.workload, global_batch=parallel.dp * parallel.microbatch)
+        program = lower_training(model, parallel, work)
+        bench = Workbench(program, self.cost_of(parallel))
+        blocks = {name: passing(bench.lay(bench.steps([Call(name, 0)]), (), ()))
+                  for name in program.blocks}
+        return Units(
+            blocks,
+            {unit: resident_bytes(program, unit) for unit in UNITS},
+            {unit: saved_bytes(program, unit) for unit in UNITS},
+            float(program.buffers["h"].size_bytes),
+        )
+
+    def memory_bytes(self, parallel: ParallelStrategy) -> float:
+        """Return the larger need of the first and the last stage."""
+        units, layers = self.unit(parallel), stage_layers(self.model, parallel)
+        count, last = microbatches(parallel, self.workload), len(layers) - 1
+        each = units.saved_bytes["layer"] if parallel.recompute == "none" else units.boundary_bytes
+        found = []
+        for stage in {0, last}:
+            flying = count if parallel.schedule == "gpipe" else min(last + 1 - stage, count)
+            need = layers[stage] * (units.resident_bytes["layer"] + flying * each)
+            if stage == 0:
+                need += units.resident_bytes["embed"]
+            if stage == last:
+                need += units.resident_bytes["head"] + units.saved_bytes["head"]
+            found.append(need)
+        return max(found)
+
+    def _stage(self, parallel: ParallelStrategy, layers: int, ends: tuple[bool, bool]) -> Stage:
+        key = replace(parallel, pp=1, schedule="1f1b", layers_per_stage=()), layers, ends
+        if key not in self.stages:
+            self.stages[key] = make_stage(self.unit(parallel), layers, ends, parallel)
+        return self.stages[key]
+
+    def _hop(self, parallel: ParallelStrategy) -> float:
+        """Return the seconds of a message between neighbouring stages."""
+        units = self.unit(parallel)
+        key = replace(parallel, schedule="1f1b", recompute="none"), parallel.pp
+        if key not in self.hops:
+            cost = self.cost_of(parallel)
+            self.hops[key] = transfer_seconds(
+                cost, 0, parallel.world // parallel.pp, units.boundary_bytes)
+        return self.hops[key]
+
+    def seconds(self, parallel: ParallelStrategy) -> float:
+        """Return the longest of the stages' paths: fill, work, drain, optimizer."""
+        layers, count = stage_layers(self.model, parallel), microbatches(parallel, self.workload)
+        last = len(layers) - 1
+        hop = self._hop(parallel) if last else 0.0
+        filled, drained, best, first = 0.0, 0.0, 0.0, 0.0
+        for number, amount in enumerate(layers):
+            stage = self._stage(parallel, amount, (number == 0, number == last))
+            first = critical(stage.optimizer) if number == 0 else first
+            best = max(best, filled + rank_seconds(stage, count, drained, first))
+            filled += critical(stage.forward) + hop
+            drained += critical(stage.last) + hop
+        return best
+
+
+def rank_seconds(stage: Stage, count: int, drained: float, first: float) -> float:
+    """Return the seconds from a rank's first forward to the end of the step.
+
+    Either the rank's own optimizer ends it or that of the first stage, ``drained`` later.
+    """
+    before = total([(count - 1.0, stage.forward), (count - 1.0, stage.backward),
+                    (1.0, stage.forward)])
+    whole = total([(1.0, before), (1.0, stage.last)])
+    own = critical(stage.optimizer)
+    return max(
+        busiest(total([(1.0, whole), (1.0, stage.optimizer)])),
+        critical(before) + busiest(stage.last) + own,
+        critical(whole) + drained + first,
+    )
+
+

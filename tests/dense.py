@@ -1,0 +1,150 @@
+"""The dense reference: an ordinary torch module that knows nothing of programs or ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simcore.models import ModelSpec
+
+EPSILON = 1e-5
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPSILON) * self.scale
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+        self.shift = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        variance = (centred * centred).mean(-1, keepdim=True)
+        return centred / torch.sqrt(variance + EPSILON) * self.scale + self.shift
+
+
+def rotate(x: Tensor, start: int = 0) -> Tensor:
+    """Rotary embedding of [batch, heads, rows, d]: halves paired, base 10000."""
+    d = x.shape[-1]
+    position = torch.arange(start, start + x.shape[2], dtype=x.dtype)
+    frequency = torch.exp(torch.arange(0, d, 2, dtype=x.dtype) * (-math.log(10000.0) / d))
+    angle = position[:, None] * frequency[None]
+    cos, sin = torch.cat((angle.cos(),) * 2, -1), torch.cat((angle.sin(),) * 2, -1)
+    turned = torch.cat((-x[..., d // 2 :], x[..., : d // 2]), -1)
+    return x * cos + turned * sin
+
+
+class Layer(nn.Module):
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.model = model
+        norm = RMSNorm if model.norm == "rmsnorm" else LayerNorm
+        heads, kv, d = model.heads, model.kv_heads, model.head_dim
+        self.n1, self.n2 = norm(model.hidden), norm(model.hidden)
+        self.qkv = nn.Linear(model.hidden, (heads + 2 * kv) * d, bias=model.qkv_bias)
+        self.y = nn.Linear(heads * d, model.hidden, bias=model.out_bias)
+        wide = model.ffn * (2 if model.ffn_kind == "gated" else 1)
+        self.up = nn.Linear(model.hidden, wide, bias=model.ffn_bias)
+        self.z = nn.Linear(model.ffn, model.hidden, bias=model.ffn_bias)
+
+    def attention(self, x: Tensor) -> Tensor:
+        batch, rows, _ = x.shape
+        h, kv, d = self.model.heads, self.model.kv_heads, self.model.head_dim
+        parts = self.qkv(x).split([h * d, kv * d, kv * d], -1)
+        q, k, v = (p.view(batch, rows, -1, d).transpose(1, 2) for p in parts)
+        if self.model.position == "rope":
+            q, k = rotate(q), rotate(k)
+        k, v = (torch.repeat_interleave(p, h // kv, dim=1) for p in (k, v))
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(d)
+        if self.model.causal:
+            later = torch.triu(torch.ones(rows, rows, dtype=torch.bool), 1)
+            scores = scores.masked_fill(later, -torch.inf)
+        mixed = torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v)
+        return self.y(mixed.reshape(batch, rows, h * d))
+
+    def ffn(self, x: Tensor) -> Tensor:
+        wide = self.up(x)
+        if self.model.ffn_kind == "gated":
+            gate, value = wide.chunk(2, -1)
+            return self.z(F.silu(gate) * value)
+        return self.z(F.relu(wide) if self.model.activation == "relu" else self._gelu(wide))
+
+    def _gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh" if self.model.activation == "gelu_tanh" else "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.model.parallel_block:
+            normed = self.n1(x)
+            second = self.n2(x) if self.model.norms_per_layer > 1 else normed
+            return x + self.attention(normed) + self.ffn(second)
+        x = x + self.attention(self.n1(x))
+        return x + self.ffn(self.n2(x))
+
+
+class Dense(nn.Module):
+    """A whole transformer on one device."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.table = nn.Parameter(torch.empty(model.vocab, model.hidden))
+        if model.position == "learned":
+            self.positions = nn.Parameter(torch.empty(model.max_positions, model.hidden))
+        self.layers = nn.ModuleList(Layer(model) for _ in range(model.layers))
+        self.nf = (RMSNorm if model.norm == "rmsnorm" else LayerNorm)(model.hidden)
+        if not model.tied_embeddings:
+            self.head = nn.Parameter(torch.empty(model.vocab, model.hidden))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of [batch, rows] tokens."""
+        x = self.table[tokens]
+        if self.model.position == "learned":
+            x = x + self.positions[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.nf(x) @ (self.table if self.model.tied_embeddings else self.head).t()
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy over all tokens."""
+        logits = self(tokens)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def generate(self, tokens: Tensor, count: int) -> Tensor:
+        """Return ``count`` greedy tokens per prompt, every pass over the whole sequence."""
+        start = tokens.shape[1]
+        for _ in range(count):
+            last = self(tokens)[:, -1]
+            tokens = torch.cat((tokens, last.argmax(-1, keepdim=True)), 1)
+        return tokens[:, start:]
+
+    def named(self) -> Mapping[tuple[str, int], nn.Parameter]:
+        """Return the parameters by (name of the program's buffer, layer or -1)."""
+        found = {("embed.table", -1): self.table, ("head.nf.scale", -1): self.nf.scale}
+        if self.model.position == "learned":
+            found["embed.positions", -1] = self.positions
+        if isinstance(self.nf, LayerNorm):
+            found["head.nf.shift", -1] = self.nf.shift
+        if not self.model.tied_embeddings:
+            found["head.wlogits", -1] = self.head
+        for number, layer in enumerate(self.layers):
+            for name in ("n1", "n2"):
+                for part, value in getattr(layer, name).named_parameters():
+                    found[f"layer.{name}.{part}", number] = value
+            for name in ("qkv", "y", "up", "z"):
+                linear = getattr(layer, name)
+                found[f"layer.w{name}", number] = linear.weight
+                if linear.bias is not None:
+                    found[f"layer.b{name}", number] = linear.bias
+        return found

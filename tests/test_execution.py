@@ -1,0 +1,317 @@
+"""Programs run on real ranks equal the dense reference, and do what the program says they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from simcore.accounting import step_totals
+from simcore.liveness import activation_peaks, residents
+from simcore.lower import lower_pass, lower_training
+from simcore.models import ModelSpec
+from simcore.ops import COMMUNICATION, WORK
+from simcore.program import Program, coordinates, group_ranks
+from simcore.strategy import ParallelStrategy
+from simcore.workloads import Generation, TrainStep
+
+torch = pytest.importorskip("torch")
+
+from backends.data import sequence  # noqa: E402
+from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many  # noqa: E402
+from backends.torch_ops import OPS  # noqa: E402
+from backends.weights import dense_weight, shard_weight  # noqa: E402
+from tests.dense import Dense  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+
+SEED, STEPS = 5, 3
+FP32 = {"weights_dtype": "fp32", "compute_dtype": "fp32", "kv_dtype": "fp32"}
+LLAMA = ModelSpec("llama-like", 3, 16, 4, 2, 4, 24, 29, **FP32)  # 29: no degree divides it
+TIED = replace(LLAMA, name="tied", tied_embeddings=True)
+GPT2 = ModelSpec(
+    "gpt2-like", 3, 16, 4, 4, 4, 24, 29, ffn_kind="mlp", activation="gelu_tanh", norm="layernorm",
+    qkv_bias=True, out_bias=True, ffn_bias=True, position="learned", max_positions=16,
+    tied_embeddings=True, **FP32,
+)
+FALCON = replace(LLAMA, name="falcon-like", ffn_kind="mlp", activation="gelu", parallel_block=True,
+                 norm="layernorm", norms_per_layer=2)
+MODELS = {model.name: model for model in (LLAMA, TIED, GPT2, FALCON)}
+TRAIN = TrainStep(global_batch=4, seq_len=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model under a strategy."""
+
+    name: str
+    model: ModelSpec
+    parallel: ParallelStrategy
+
+    @property
+    def program(self) -> Program:
+        return lower_training(self.model, self.parallel, TRAIN)
+
+
+def case(name: str, model: ModelSpec = LLAMA, **parallel: object) -> Case:
+    return Case(name, model, ParallelStrategy(**parallel))  # type: ignore[arg-type]
+
+
+CASES = [
+    case("single"),
+    case("single-full-recompute", recompute="full"),
+    case("single-gpt2", GPT2, microbatch=2),
+    case("single-tied", TIED),
+    case("single-parallel-block", FALCON),
+    # two ranks
+    case("dp", dp_replicate=2),
+    case("dp-microbatch", dp_replicate=2, microbatch=2),
+    case("zero1", dp_shard=2, zero_stage=1),
+    case("zero2", dp_shard=2, zero_stage=2),
+    case("zero3", dp_shard=2),
+    case("zero3-full-recompute", dp_shard=2, recompute="full"),
+    case("tp", tp=2),
+    case("tp-sp", tp=2, sequence_parallel=True),
+    case("tp-full-recompute", tp=2, recompute="full", microbatch=2),
+    case("pp-gpipe", pp=2, schedule="gpipe"),
+    case("pp-1f1b", pp=2),
+    case("pp-1f1b-uneven", pp=2, layers_per_stage=(1, 2), microbatch=2),
+    case("pp-gpipe-full-recompute", pp=2, schedule="gpipe", recompute="full"),
+    case("gpt2-dp", GPT2, dp_replicate=2),
+    case("gpt2-zero3", GPT2, dp_shard=2),
+    case("gpt2-tp", GPT2, tp=2),
+    case("gpt2-tp-sp", GPT2, tp=2, sequence_parallel=True, microbatch=2),
+    case("gpt2-pp", GPT2, pp=2),
+    case("tied-zero1", TIED, dp_shard=2, zero_stage=1),
+    case("tied-zero2", TIED, dp_shard=2, zero_stage=2),
+    case("tied-zero3", TIED, dp_shard=2),
+    case("tied-tp-sp", TIED, tp=2, sequence_parallel=True),
+    case("tied-pp", TIED, pp=2),
+    case("parallel-block-tp-sp", FALCON, tp=2, sequence_parallel=True),
+    # four ranks
+    case("hsdp", dp_replicate=2, dp_shard=2),
+    case("zero1-both-axes", dp_replicate=2, dp_shard=2, zero_stage=1),
+    case("zero2-both-axes", dp_replicate=2, dp_shard=2, zero_stage=2),
+    case("tp-pp", tp=2, pp=2, microbatch=2),
+    case("tp-sp-pp-gpipe", tp=2, pp=2, sequence_parallel=True, schedule="gpipe"),
+    case("dp-pp", dp_replicate=2, pp=2),
+    case("zero3-tp", dp_shard=2, tp=2),
+    case("zero3-tp-sp", dp_shard=2, tp=2, sequence_parallel=True),
+    case("zero1-pp-tied", TIED, dp_shard=2, zero_stage=1, pp=2),
+    case("dp-pp-gpt2", GPT2, dp_replicate=2, pp=2, schedule="gpipe"),
+    case("zero2-pp-full-recompute", dp_shard=2, zero_stage=2, pp=2, recompute="full"),
+    case("zero3-pp", dp_shard=2, pp=2),
+]
+BY_NAME = {c.name: c for c in CASES}
+BF16_CASES = [
+    case("bf16-zero3", replace(LLAMA, weights_dtype="bf16", compute_dtype="bf16"), dp_shard=2),
+    case("bf16-zero1", replace(LLAMA, weights_dtype="bf16", compute_dtype="bf16"), dp_shard=2,
+         zero_stage=1),
+    case("bf16-tp", replace(LLAMA, weights_dtype="bf16", compute_dtype="bf16"), tp=2),
+]
+PROMPT = Generation(batch=4, input_tokens=5, output_tokens=6)
+GENERATIONS = [
+    case("generate-single"), case("generate-gpt2", GPT2), case("generate-dp", dp_replicate=2),
+    case("generate-tp", tp=2), case("generate-pp", pp=2), case("generate-gpt2-tp", GPT2, tp=2),
+    case("generate-tied-pp", TIED, pp=2), case("generate-tp-pp", tp=2, pp=2),
+    case("generate-dp-tp", dp_shard=2, tp=2),
+]
+EXACT = RunOptions(SEED, repeats=STEPS - 1, warmup=1, dtype="fp64", dump=("losses", "gradients"),
+                   timeout_s=60)
+COUNTED = RunOptions(SEED, repeats=1, warmup=0, track_memory=True, count_flops=True, timeout_s=60)
+BF16 = replace(EXACT, dtype=None, dump=("losses",))
+GENERATE = RunOptions(SEED, repeats=1, warmup=1, dtype="fp64", dump=("tokens", "logits"),
+                      timeout_s=60)
+
+
+def generation_job(found: Case) -> GenerationJob:
+    """Return the programs of a generation."""
+    rows = PROMPT.input_tokens
+    prefill = lower_pass(found.model, found.parallel, PROMPT.batch, rows, 0)
+    decode = lower_pass(found.model, found.parallel, PROMPT.batch, 1, rows)
+    return GenerationJob(prefill, decode, PROMPT)
+
+
+
+@cache
+def results(world: int) -> dict[str, RunResult]:
+    """Run all that needs ``world`` ranks in one launch; return results by name."""
+    jobs: dict[str, Job] = {}
+    for c in CASES:
+        jobs[f"{c.name} exact"] = Job(c.program, EXACT)
+        jobs[f"{c.name} counted"] = Job(c.program, COUNTED)
+    for c in BF16_CASES:
+        jobs[c.name] = Job(c.program, BF16)
+    for c in GENERATIONS:
+        jobs[c.name] = Job(generation_job(c), GENERATE)
+    mine = {name: job for name, job in jobs.items() if job.processes == world}
+    return dict(zip(mine, run_many(list(mine.values())), strict=True))
+
+
+@pytest.fixture(params=list(BY_NAME))
+def ran(request: pytest.FixtureRequest) -> tuple[Case, RunResult, RunResult]:
+    """A case with its exact and its counted run."""
+    found = BY_NAME[request.param]
+    every = results(found.parallel.world)
+    return found, every[f"{found.name} exact"], every[f"{found.name} counted"]
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def dense_model(model: ModelSpec) -> Dense:
+    """Return the dense module with the weights that a run of ``model`` starts from."""
+    program = lower_training(model, ParallelStrategy(), TRAIN)
+    dense = Dense(model).double()
+    with torch.no_grad():
+        for (name, layer), parameter in dense.named().items():
+            parameter.copy_(
+                dense_weight(name, layer, program.buffers[name], 1, SEED, torch.float64)
+            )
+    return dense
+
+
+@cache
+def reference(name: str) -> tuple[list[float], Mapping[tuple[str, int], torch.Tensor]]:
+    """Return the losses of some steps, and the gradients of the first."""
+    model = MODELS[name]
+    dense = dense_model(model)
+    rows = torch.stack(
+        [sequence(SEED, i, TRAIN.seq_len, model.vocab) for i in range(TRAIN.global_batch)]
+    )
+    optimizer = torch.optim.Adam(dense.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8)
+    losses, gradients = [], {}
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = dense.loss(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients = gradients or {
+            key: value.grad.clone() for key, value in dense.named().items()
+        }
+        optimizer.step()
+    return losses, gradients
+
+
+def gradient_shard(
+    program: Program, rank: int, name: str, layer: int,
+    gradients: Mapping[tuple[str, int], torch.Tensor],
+) -> np.ndarray:
+    """Cut from whole gradients what the flat buffer ``name`` of ``rank`` should hold."""
+    unit, kind = name.rsplit(".", 1)
+    tp, index = program.mesh["tp"], coordinates(program.mesh, rank)["tp"]
+    flat = np.zeros(program.buffers[f"{unit}.g"].elements)
+    for member, buffer in program.buffers.items():
+        if buffer.base != f"{unit}.w" or buffer.part:
+            continue
+        whole = gradients[member, layer if buffer.layered else -1]
+        part = shard_weight(whole, buffer, index, tp).numpy().ravel()
+        flat[buffer.offset : buffer.offset + buffer.elements] = part
+    if kind == "g":
+        return flat
+    group = next(op.group for op in program.blocks[f"{unit}.reduce"].ops
+                 if op.kind == "reduce_scatter")
+    place = group_ranks(program.mesh, group, rank).index(rank)
+    size = program.buffers[name].elements
+    return flat[place * size : (place + 1) * size]
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_losses_equal_the_dense_reference(ran: tuple[Case, RunResult, RunResult]) -> None:
+    """Also after optimizer steps, so updates and gathers of weights are right too."""
+    found, exact, _ = ran
+    losses, _ = reference(found.model.name)
+    assert exact.losses == pytest.approx(losses, rel=1e-10)
+
+
+def test_gradient_shards_equal_the_dense_gradients(ran: tuple[Case, RunResult, RunResult]) -> None:
+    found, exact, _ = ran
+    _, gradients = reference(found.model.name)
+    units = set()
+    for rank in exact.ranks:
+        for key, array in rank.arrays.items():
+            name, layer = key.rsplit("/", 1)
+            expected = gradient_shard(found.program, rank.rank, name, int(layer), gradients)
+            units.add((name.split(".")[0], int(layer) if name.startswith("layer") else -1))
+            np.testing.assert_allclose(array, expected, rtol=1e-9, atol=1e-13)
+    assert units == {("embed", -1), ("head", -1), *(("layer", i) for i in range(3))}
+
+
+def test_collectives_move_what_the_program_says(ran: tuple[Case, RunResult, RunResult]) -> None:
+    found, _, counted = ran
+    program = found.program
+    for rank in counted.ranks:
+        totals = step_totals(program, coordinates(program.mesh, rank.rank)["pp"])
+        assert rank.payload_bytes == dict(totals.payload_bytes)
+
+
+def test_ranks_do_the_flops_that_the_program_says(ran: tuple[Case, RunResult, RunResult]) -> None:
+    found, _, counted = ran
+    program = found.program
+    for rank in counted.ranks:
+        totals = step_totals(program, coordinates(program.mesh, rank.rank)["pp"])
+        assert rank.flops == totals.flops
+
+
+def test_ranks_hold_the_bytes_that_liveness_says(ran: tuple[Case, RunResult, RunResult]) -> None:
+    found, _, counted = ran
+    program = found.program
+    for rank in counted.ranks:
+        stage = coordinates(program.mesh, rank.rank)["pp"]
+        predicted = residents(program, stage).total + activation_peaks(program, stage)[0]
+        assert rank.peak_live_bytes == predicted
+
+
+@pytest.mark.parametrize("found", BF16_CASES, ids=lambda c: c.name)
+def test_lower_precision_stays_near_the_reference(found: Case) -> None:
+    """bf16 weights with fp32 master copies, sharded and not."""
+    losses, _ = reference(LLAMA.name)
+    assert results(2)[found.name].losses == pytest.approx(losses, rel=2e-3)
+
+
+# ---------------------------------------------------------------- generation
+
+@pytest.mark.parametrize("found", GENERATIONS, ids=lambda c: c.name)
+def test_generation_equals_the_dense_reference(found: Case) -> None:
+    result = results(found.parallel.world)[found.name]
+    dense = dense_model(found.model)
+    rows = torch.stack([sequence(SEED, i, PROMPT.input_tokens, found.model.vocab)
+                        for i in range(PROMPT.batch)])[:, : PROMPT.input_tokens]
+    with torch.no_grad():
+        tokens = dense.generate(rows, PROMPT.output_tokens)
+        logits = dense(torch.cat((rows, tokens), 1))[:, PROMPT.input_tokens - 1 : -1]
+    mesh = result.mesh
+    batch = PROMPT.batch // (mesh["dp_replicate"] * mesh["dp_shard"])
+    for rank in result.ranks:
+        where = coordinates(mesh, rank.rank)
+        first = (where["dp_replicate"] * mesh["dp_shard"] + where["dp_shard"]) * batch
+        mine = slice(first, first + batch)
+        assert np.array_equal(rank.tokens, tokens[mine])
+        for number, array in enumerate(rank.arrays.values()):
+            np.testing.assert_allclose(array, logits[mine, number], rtol=1e-9)
+        if where["pp"] == mesh["pp"] - 1:
+            assert len(rank.arrays) == PROMPT.output_tokens
+    assert len(result.pass_seconds) == PROMPT.output_tokens
+
+
+# ---------------------------------------------------------------- contract
+
+
+def test_every_kind_of_work_can_be_executed() -> None:
+    assert set(OPS) == set(WORK) - COMMUNICATION
+
+
+def test_cases_cover_every_kind_of_work() -> None:
+    programs = [c.program for c in CASES]
+    jobs = map(generation_job, GENERATIONS)
+    programs += [program for job in jobs for program in (job.prefill, job.decode)]
+    programs.append(lower_training(replace(GPT2, activation="relu"), ParallelStrategy(), TRAIN))
+    kinds = {op.kind for p in programs for block in p.blocks.values() for op in block.ops}
+    assert kinds == set(WORK)
+    assert math.isfinite(sum(step_totals(p, 0).flops for p in programs))
