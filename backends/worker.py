@@ -276,14 +276,8 @@ def measure(
         return {"fingerprint": fingerprint(run), **microbench.measure(rank.number, rank.world)}, {}
     runner, transport = make_runner(job, run, rank)
     record: dict[str, Any] = {"rank": transport.rank, "fingerprint": fingerprint(run)}
-    dumps: dict[str, Gradients | Logits] = {"gradients": Gradients(), "logits": Logits()}
-    dumped = next((w for name, w in dumps.items() if name in run["dump"]), None)
-    results: list[dict[str, Any]] = []
     cuda = run["device"] == "cuda"
-    for number in range(int(run["warmup"])):
-        _watch(runner, dumped if number == 0 else None)
-        results.append(runner.once())
-    _watch(runner, None)
+    results, arrays = _warmed_up(runner, run)
     transport.recorded.clear()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -298,7 +292,21 @@ def measure(
         record["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
     record |= _extra_steps(runner, rank, run) | _results(results, run)
     transport.close()
-    return record, dumped.found if dumped is not None else {}
+    return record, arrays
+
+
+def _warmed_up(
+    runner: Runner, run: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run the warm-up; return its results, and what the first one was asked to dump."""
+    dumps: dict[str, Gradients | Logits] = {"gradients": Gradients(), "logits": Logits()}
+    dumped = next((w for name, w in dumps.items() if name in run["dump"]), None)
+    results: list[dict[str, Any]] = []
+    for number in range(int(run["warmup"])):
+        _watch(runner, dumped if number == 0 else None)
+        results.append(runner.once())
+    _watch(runner, None)
+    return results, dumped.found if dumped is not None else {}
 
 
 def _watch(runner: Runner, watcher: Any) -> None:
@@ -307,18 +315,19 @@ def _watch(runner: Runner, watcher: Any) -> None:
 
 
 def _extra_steps(runner: Runner, rank: Rank, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Run untimed steps that count memory and FLOPs."""
+    """Run an untimed step that counts live bytes, FLOPs, or both."""
     record: dict[str, Any] = {}
-    if run["track_memory"]:
-        live = LiveBytes()
-        _watch(runner, live)
-        runner.once()
-        _watch(runner, None)
-        record["peak_live_bytes"] = live.peak
+    live = LiveBytes() if run["track_memory"] else None
+    _watch(runner, live)
     if run["count_flops"]:
         with counted_flops(runner.interpreters) as counter:
             runner.once()
         record["flops"] = counter.get_total_flops()
+    elif live is not None:
+        runner.once()
+    if live is not None:
+        record["peak_live_bytes"] = live.peak
+    _watch(runner, None)
     rank.barrier()
     return record
 

@@ -9,7 +9,13 @@ from typing import Any
 
 from backends.launch import Job, RunResult, run_many
 from hwmodels.profile import default_path
-from meshwise.execution import calibrate_machine, options_of, runnable, work_of
+from meshwise.execution import (
+    calibrate_machine,
+    load_warning,
+    options_of,
+    runnable,
+    work_of,
+)
 from meshwise.prediction import provenance, question_of, strategy_text
 from meshwise.result import Result
 from meshwise.setting import Setting, resolve
@@ -113,6 +119,7 @@ def run_demo(
     chosen = best_of_each_layout(plan.candidates, top)
     if not chosen:
         raise InputError("no strategy of the demo fits this machine's memory.")
+    busy = load_warning(setting.cluster.world)
     runs = run_plans(scenario, chosen, say)
     rows = rows_of(chosen, runs)
     metrics = {
@@ -122,19 +129,21 @@ def run_demo(
         "verdict": verdict(rows),
         "calibrated_now": now,
     }
-    result = _result(scenario, setting, metrics)
+    result = _result(scenario, setting, metrics, busy)
     return dataclasses.replace(
         result, metrics={**metrics, "report": str(write_demo_report(result, chosen, runs, out))})
 
 
-def _result(scenario: Scenario, setting: Setting, metrics: Mapping[str, Any]) -> Result:
+def _result(
+    scenario: Scenario, setting: Setting, metrics: Mapping[str, Any], busy: tuple[str, ...]
+) -> Result:
     notes = (
         *setting.assumptions,
         "of every way to share the work the best microbatch and schedule is run; no run is used "
         "for calibration.",
         "measured: median of the repeats after warm-up, until the slowest rank is done.",
     )
-    return Result(scenario_hash(scenario), metrics, notes, setting.warnings,
+    return Result(scenario_hash(scenario), metrics, notes, (*setting.warnings, *busy),
                   provenance(scenario, setting, "estimate and execute"))
 
 

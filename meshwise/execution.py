@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import tomllib
 from collections.abc import Callable, Mapping
@@ -129,6 +130,7 @@ def run_scenario(
     method = scenario.decoding.method if scenario.decoding else "autoregressive"
     job = work_of(model, parallel, work, method)
     options = options_of(scenario, rank, repeats, timeout_s)
+    busy = load_warning(1 if rank is not None else setting.cluster.world)
     found = run_many([Job(job, options)])[0]
     metrics = measured_metrics(model, parallel, work, job, found, setting)
     origin = provenance(scenario, setting, "execute") | {
@@ -136,8 +138,21 @@ def run_scenario(
         "strategy": strategy_table(parallel), "fingerprint": dict(found.ranks[0].fingerprint),
     }
     timeline = found.timeline() if isinstance(work, TrainStep) else None
-    return Result(scenario_hash(scenario), metrics, _run_notes(rank, setting, options), (),
+    return Result(scenario_hash(scenario), metrics, _run_notes(rank, setting, options), busy,
                   origin, timeline)
+
+
+def load_warning(ranks: int) -> tuple[str, ...]:
+    """Return a warning where other processes leave this machine too few cores for the ranks."""
+    try:
+        load = os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return ()
+    cores = os.cpu_count() or 1
+    if load + ranks <= cores + 1:
+        return ()
+    return (f"this machine was busy when the run started (load {load:.1f} on {cores} cores): its "
+            "times are those of a shared machine.",)
 
 
 def _run_notes(rank: int | None, setting: Setting, options: RunOptions) -> tuple[str, ...]:
@@ -176,7 +191,7 @@ def validate_scenario(scenario: Scenario, profile: Path | str | None = None) -> 
     }
     notes = (*setting.assumptions, *predicted.assumptions, *measured.assumptions)
     return dataclasses.replace(measured, metrics=metrics, assumptions=notes,
-                               warnings=(*setting.warnings, *predicted.warnings))
+                               warnings=(*setting.warnings, *predicted.warnings, *measured.warnings))
 
 
 def predict_with(scenario: Scenario, setting: Setting, parallel: ParallelStrategy) -> Answer:

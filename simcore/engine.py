@@ -23,7 +23,7 @@ from simcore.templates import HOST, Clock, Entry, Template, price, templates
 from simcore.timeline import Span, Timeline, timeline
 
 Process = Generator[simpy.Event, Any, None]
-DETAIL_LIMIT = 60_000  # ops in a step up to which every op is an event of its own
+DETAIL_LIMIT = 25_000  # ops in a step (about two seconds) up to which each is an event of its own
 
 
 class FluidLinks:
@@ -157,7 +157,9 @@ class Engine:
                 issued[action] = self._issue(state, action)
                 if action.kind.startswith("RECV"):
                     self._post(state, action, issued[action])
+        state.clock.at[HOST] = 0.0
         for action in actions:
+            state.clock.at[HOST] = max(state.clock.at[HOST], issued.get(action, 0.0))
             if not is_message(action):
                 yield from (self._tie if is_tie(action) else self._whole)(state, action)
             elif action not in issued:

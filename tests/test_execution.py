@@ -21,15 +21,16 @@ from simcore.workloads import Generation, TrainStep
 
 torch = pytest.importorskip("torch")
 
+from dense import Dense  # noqa: E402
+
 from backends.data import sequence  # noqa: E402
 from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many  # noqa: E402
 from backends.torch_ops import OPS  # noqa: E402
 from backends.weights import dense_weight, shard_weight  # noqa: E402
-from tests.dense import Dense  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 
-SEED, STEPS = 5, 3
+SEED, STEPS = 5, 2
 FP32 = {"weights_dtype": "fp32", "compute_dtype": "fp32", "kv_dtype": "fp32"}
 LLAMA = ModelSpec("llama-like", 3, 16, 4, 2, 4, 24, 29, **FP32)  # 29: no degree divides it
 TIED = replace(LLAMA, name="tied", tied_embeddings=True)

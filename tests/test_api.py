@@ -1,0 +1,269 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import meshwise as mw
+from meshwise.setting import find_profile, resolve
+from simcore.errors import InputError
+from simcore.scenario import load_scenario
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+MODEL = {"layers": 4, "hidden": 64, "heads": 4, "ffn": 128, "vocab": 256}
+CLUSTER = {"gpu": "h100-sxm-80gb", "gpus_per_node": 4}
+TRAIN = {"kind": "train", "global_batch": 8, "seq_len": 64}
+KEYS = {"scenario_hash", "metrics", "assumptions", "warnings", "provenance"}
+METRICS = {
+    "train": {
+        "step_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "hfu", "model_flops",
+        "peak_memory_bytes", "fits", "bubble_fraction", "exposed_communication_fraction",
+    },
+    "generate": {
+        "seconds", "tokens_per_s", "tpot_s", "passes", "committed_per_pass",
+        "speedup_vs_autoregressive", "peak_memory_bytes",
+    },
+    "collective": {"seconds", "algorithm_bytes_per_s", "bus_bytes_per_s", "algorithm"},
+    "op": {"seconds", "flops_per_s", "bytes_per_s", "bound"},
+}  # fmt: skip
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.toml") if "grid" not in path.name)
+
+
+@pytest.fixture(autouse=True)
+def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let no profile of this machine decide what the tests see."""
+    monkeypatch.setattr("meshwise.setting.default_path", lambda: tmp_path / "none.json")
+
+
+def scenario(**tables: Any) -> dict[str, Any]:
+    """Return a training scenario, its tables replaced or, where None, left out."""
+    base = {"model": MODEL, "cluster": CLUSTER, "parallel": {"tp": 2, "pp": 2}, "workload": TRAIN}
+    return {name: table for name, table in (base | tables).items() if table is not None}
+
+
+@pytest.mark.parametrize("engine", ["estimate", "simulate"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_has_all_metrics_of_its_kind(name: str, engine: str) -> None:
+    result = mw.predict(EXAMPLES / name, engine)
+    kind = load_scenario(EXAMPLES / name).workload.kind
+    assert METRICS[kind] <= result.metrics.keys()
+    table = json.loads(result.to_json())
+    assert table.keys() == KEYS
+    assert table["provenance"]["engine"] == engine
+    assert table["assumptions"]
+
+
+def test_a_path_a_dict_and_a_scenario_mean_the_same() -> None:
+    raw = scenario()
+    loaded = load_scenario(raw)
+    assert mw.predict(raw) == mw.predict(loaded)
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 4}, {"pp": 4}, {"dp_replicate": 4}, {"dp_shard": 4}])
+def test_engines_agree(degrees: dict[str, int]) -> None:
+    raw = scenario(parallel=degrees)
+    guess, truth = (mw.predict(raw, engine).metrics["step_s"] for engine in ("estimate", "simulate"))
+    assert guess == pytest.approx(truth, rel=0.02)
+
+
+def test_generation_engines_agree() -> None:
+    raw = scenario(workload={"kind": "generate", "batch": 2, "input_tokens": 16,
+                             "output_tokens": 40}, parallel={"tp": 2, "pp": 2})  # fmt: skip
+    guess, truth = (mw.predict(raw, engine).metrics["seconds"] for engine in ("estimate", "simulate"))
+    assert guess == pytest.approx(truth, rel=0.02)
+
+
+def test_the_planner_fills_in_a_missing_strategy() -> None:
+    result = mw.predict(scenario(parallel=None))
+    assert result.provenance["strategy"]["tp"] >= 1
+    assert any("planner chose" in text for text in result.assumptions)
+    best = mw.plan(scenario(parallel=None), top=1).metrics["candidates"][0]
+    assert result.metrics["step_s"] == best["step_s"]
+
+
+def test_too_large_a_plan_is_a_result() -> None:
+    raw = scenario(model={"name": "llama-3.1-405b"}, parallel={"tp": 4})
+    result = mw.predict(raw)
+    assert result.metrics["fits"] is False
+    assert result.metrics["step_s"] > 0
+    assert "does not fit" in result.warnings[-1]
+    planned = mw.predict(scenario(model={"name": "llama-3.1-405b"}, parallel=None))
+    assert planned.metrics["fits"] is False
+    assert planned.metrics["step_s"] > 0
+
+
+def test_no_strategy_at_all_is_a_result() -> None:
+    raw = scenario(parallel=None, model={**MODEL, "heads": 1, "ffn": 127, "layers": 1},
+                   workload={**TRAIN, "global_batch": 1})  # fmt: skip
+    result = mw.predict(raw)
+    assert result.metrics == {"fits": False, "plan_found": False}
+    assert "no plan found" in result.warnings[-1]
+
+
+def test_datasheet_numbers_are_called_so() -> None:
+    result = mw.predict(scenario())
+    assert any("datasheet roofline" in text and "uncalibrated" in text
+               for text in result.assumptions)  # fmt: skip
+    assert result.provenance["profile"] is None
+
+
+def test_an_uncalibrated_machine_is_warned_of() -> None:
+    result = mw.predict(scenario(cluster={"gpu": "this-cpu", "gpus_per_node": 4}))
+    assert any("NOT CALIBRATED" in text for text in result.warnings)
+
+
+def test_a_profile_belongs_to_this_cpu_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--profile"):
+        mw.predict(scenario(), profile=tmp_path / "p.json")
+    setting = resolve(load_scenario(scenario(cluster={"gpu": "this-cpu", "gpus_per_node": 4})))
+    assert find_profile(setting.cluster, None) is None
+    with pytest.raises(InputError, match="cannot read the profile"):
+        find_profile(setting.cluster, tmp_path / "p.json")
+
+
+def test_a_dtype_without_a_matrix_rate_is_warned_of() -> None:
+    raw = scenario(cluster={"gpu": "a100-sxm-80gb", "gpus_per_node": 4},
+                   model={**MODEL, "compute_dtype": "fp8"})  # fmt: skip
+    assert any("no matrix rate for fp8" in text for text in mw.predict(raw).warnings)
+
+
+def test_trace_is_written_whole(tmp_path: Path) -> None:
+    target = tmp_path / "sub" / "trace.json"
+    mw.simulate(scenario(), target)
+    events = json.loads(target.read_text())["traceEvents"]
+    assert {event["ph"] for event in events} >= {"X", "M"}
+    with pytest.raises(InputError, match="no timeline"):
+        mw.simulate(EXAMPLES / "gemm.toml", target)
+    with pytest.raises(InputError, match="cannot write"):
+        mw.simulate(scenario(), Path("/dev/null/trace.json"))
+
+
+def test_unknown_engine() -> None:
+    with pytest.raises(InputError, match="estimate"):
+        mw.predict(scenario(), "estimat")
+
+
+def test_records_pandas_and_html() -> None:
+    result = mw.predict(scenario())
+    (row,) = result.to_records()
+    assert row["peak_memory_parts_bytes.weights"] > 0
+    assert result.to_pandas()["step_s"][0] == result.metrics["step_s"]
+    assert "<table>" in result._repr_html_()
+    plan = mw.plan(scenario(parallel=None), top=3)
+    assert [row["rank"] for row in plan.to_records()] == [1, 2, 3]
+    assert "microbatch" in plan._repr_html_()
+
+
+def test_roofline_of_a_gemm_by_hand() -> None:
+    result = mw.predict(EXAMPLES / "gemm.toml")
+    assert result.metrics["seconds"] == pytest.approx(4e-6 + 2 * 8192**3 / 989.4e12, rel=1e-3)
+    assert result.metrics["bound"] == "compute"
+
+
+@pytest.mark.parametrize(
+    ("op", "bound"),
+    [
+        ({"op": "gemm", "m": 1, "n": 8192, "k": 8192}, "memory"),
+        ({"op": "gemm", "m": 16, "n": 16, "k": 16}, "latency"),
+        ({"op": "attention_decode", "batch": 64, "kv_len": 8192, "heads": 32, "kv_heads": 8,
+          "head_dim": 128, "kv_dtype": "fp8"}, "memory"),
+        ({"op": "attention_prefill", "batch": 1, "seq_len": 8192, "heads": 32, "head_dim": 128},
+         "compute"),
+        ({"op": "moe", "tokens": 4, "hidden": 4096, "ffn": 14336, "experts": 8,
+          "experts_per_token": 2}, "memory"),
+    ],
+)  # fmt: skip
+def test_bounds_of_operators(op: dict[str, Any], bound: str) -> None:
+    result = mw.predict({"cluster": {"gpu": "h100-sxm-80gb"}, "workload": {"kind": "op", **op}})
+    assert result.metrics["bound"] == bound
+
+
+def test_moe_counts_its_products_and_touched_experts() -> None:
+    table = {"kind": "op", "op": "moe", "tokens": 4096, "hidden": 1024, "ffn": 512, "experts": 8,
+             "experts_per_token": 2}  # fmt: skip
+    raw = {"cluster": {"gpu": "h100-sxm-80gb"}, "workload": table}
+    metrics = mw.predict(raw).metrics
+    flops = 2 * 3 * 4096 * 2 * 1024 * 512
+    assert metrics["flops_per_s"] * metrics["seconds"] == pytest.approx(flops)
+    shared = mw.predict({**raw, "workload": {**table, "ep": 2}}).metrics
+    assert shared["flops_per_s"] * shared["seconds"] == pytest.approx(flops / 2)
+    skewed = {**table, "ep": 2, "routing": "power_law", "alpha": 1.0}
+    uneven = mw.predict({**raw, "workload": skewed}).metrics
+    assert uneven["seconds"] > shared["seconds"]
+
+
+def test_collective_ranks_are_checked_against_a_named_cluster() -> None:
+    raw = {"cluster": {"cluster": "dgx-h100"},
+           "workload": {"kind": "collective", "op": "all_reduce", "bytes": 1e6, "ranks": 16}}  # fmt: skip
+    with pytest.raises(InputError, match="ranks"):
+        mw.predict(raw)
+    more = {**raw, "cluster": {"cluster": "dgx-h100", "nodes": 2}}
+    assert mw.predict(more).metrics["seconds"] > 0
+
+
+def test_named_cluster_knows_the_world() -> None:
+    raw = scenario(cluster={"cluster": "dgx-h100"}, parallel={"tp": 4})
+    with pytest.raises(InputError, match="8"):
+        mw.predict(raw)
+    assert mw.predict(scenario(cluster={"cluster": "dgx-h100"}, parallel={"tp": 4, "pp": 2}))
+
+
+def test_catalogues() -> None:
+    assert len(mw.models()) >= 50
+    names = mw.hardware()
+    assert {"h100-sxm-80gb", "nvlink4", "dgx-h100"} <= set(names)
+    chip = mw.hardware("H100")
+    assert isinstance(chip, dict)
+    assert chip["kind"] == "chip"
+    assert mw.schema()["title"] == "meshwise scenario"
+
+
+def test_runs_are_refused_before_anything_starts() -> None:
+    with pytest.raises(InputError, match="cannot be run"):
+        mw.run(EXAMPLES / "gemm.toml")
+    with pytest.raises(InputError, match="--rank"):
+        mw.run(EXAMPLES / "llama70b_512xh100.toml")
+    with pytest.raises(InputError, match="512 ranks"):
+        mw.run(EXAMPLES / "llama70b_512xh100.toml", rank=512)
+
+
+@pytest.mark.distributed
+def test_validate_compares_a_real_run_with_its_prediction() -> None:
+    raw = scenario(cluster={"gpu": "this-cpu"}, parallel={"tp": 1},
+                   model={**MODEL, "weights_dtype": "fp32", "compute_dtype": "fp32"},
+                   run={"repeats": 2, "warmup": 1})  # fmt: skip
+    result = mw.validate(raw)
+    metrics = result.metrics
+    assert metrics["error"] == pytest.approx(
+        metrics["predicted_step_s"] / metrics["measured_step_s"] - 1
+    )
+    assert len(metrics["repeats_s"]) == 2
+    assert METRICS["train"] <= metrics.keys()
+    assert result.provenance["engine"] == "execute"
+
+
+@pytest.mark.distributed
+def test_one_rank_of_a_larger_plan_runs_alone() -> None:
+    raw = scenario(cluster={"gpu": "h100-sxm-80gb", "gpus_per_node": 4}, run={"repeats": 1},
+                   model={**MODEL, "weights_dtype": "fp32", "compute_dtype": "fp32"})  # fmt: skip
+    result = mw.run(raw, rank=3)
+    assert [each["rank"] for each in result.metrics["ranks"]] == [3]
+    assert any("alone" in text for text in result.assumptions)
+
+
+def test_import_is_lazy_and_names_are_there() -> None:
+    code = "import sys, meshwise; print('numpy' in sys.modules, 'pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert done.stdout.split() == ["False", "False"]
+    assert all(getattr(mw, name) is not None for name in mw.__all__)
+    assert set(mw.__all__) <= set(dir(mw))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mw.nothing  # type: ignore[attr-defined]
