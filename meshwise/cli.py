@@ -19,6 +19,8 @@ from simcore.errors import InputError, MeshwiseError
 if TYPE_CHECKING:
     from meshwise.result import Result
 
+INTERRUPTED = 130  # 128 + SIGINT
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -349,13 +351,19 @@ def _main(arguments: list[str]) -> int:
     except MeshwiseError as error:
         return _complain(str(error), 2 if isinstance(error, InputError) else 1)
     except (typer.Abort, KeyboardInterrupt):
-        return _complain("interrupted.", 130)
+        return _complain("interrupted.", INTERRUPTED)
+    except SystemExit as leave:  # typer's own way out of a closed pipe
+        if isinstance(leave.__context__, BrokenPipeError):
+            raise leave.__context__ from None
+        return leave.code if isinstance(leave.code, int) else 1
     except UsageFault as error:
         said = getattr(error, "format_message", lambda: str(error))()
         if type(error).__name__ == "NoArgsIsHelpError":
             print(said, file=sys.stderr)
             return 2
         return _complain(f"{said} Try 'meshwise --help'.", 2)
+    if code == INTERRUPTED:
+        return _complain("interrupted.", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -135,6 +135,7 @@ class _Lowering:
         if stage >= 2:
             self.add(f"{unit}.clear", [clear])
         self.add(f"{unit}.reduce", self._reduction(unit, n))
+        self.add(f"{unit}.settle", self._settlement(unit))
         self.add(f"{unit}.step", [*self._optimizer(unit), *([gather] if stage in (1, 2) else ())])
 
     def _reduction(self, unit: str, n: Size) -> list[Op]:
@@ -151,10 +152,15 @@ class _Lowering:
             whole, n = part, n // shards.degree
         if shards.replicas:
             ops.append(Op("all_reduce", {"n": n}, dtype, (whole,), (whole,), "dp", shards.replicas))
-        if shards.stage >= 2:
-            ops.append(Op("add", {"t": n, "n": 1}, dtype, (f"{unit}.gs", f"{unit}.gt"),
-                          (f"{unit}.gs",)))
         return ops
+
+    def _settlement(self, unit: str) -> list[Op]:
+        """Add a microbatch's reduced gradients to the shard that gathers the step's."""
+        if self.shards.stage < 2:
+            return []
+        dims = {"t": self.buffers[f"{unit}.gt"].elements, "n": 1}
+        reads = (f"{unit}.gs", f"{unit}.gt")
+        return [Op("add", dims, self.grads_dtype, reads, (f"{unit}.gs",))]
 
     def _optimizer(self, unit: str) -> list[Op]:
         stage = self.shards.stage
@@ -245,13 +251,21 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         reduce = present(unit, "reduce") if always or last else []
         return [*first(unit, "clear"), *again, *present(unit, "B"), *reduce]
 
+    def backs(last: bool) -> list[list[Call]]:
+        """Every unit's backward; its reduced gradients are settled one unit later, when they
+        have had time to arrive."""
+        found = [back(unit, last) for unit in reverse]
+        for index, unit in enumerate(reverse):
+            found[min(index + 1, len(found) - 1)] += present(unit, "settle")
+        return found
+
     reverse = units[::-1]
     gathers = [present(u, "unshard") for u in units]
     regathers = [first(u, "unshard") for u in reverse]
     return {
         f"{stage}F": _prefetched([present(u, "F") for u in units], gathers),
-        f"{stage}B": _prefetched([back(u, False) for u in reverse], regathers),
-        f"{stage}BR": _prefetched([back(u, True) for u in reverse], regathers),
+        f"{stage}B": _prefetched(backs(False), regathers),
+        f"{stage}BR": _prefetched(backs(True), regathers),
         f"{stage}O": tuple(call for u in units for call in present(u, "step")),
     }
 

@@ -25,6 +25,7 @@ from simcore.templates import HOST, Template, Workbench
 from simcore.workloads import TrainStep
 
 Streams = dict[str, float]  # seconds that pass on each stream
+THREADS = (COMPUTE, HOST)
 CostOf = Callable[[ParallelStrategy], ClusterCost]
 
 
@@ -41,10 +42,24 @@ class Bounds(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Backward:
+    """Seconds of one layer's backward between what comes in, what goes out, and a thread.
+
+    ``into``: from the gradient's arrival to the end of the thread's work; ``out``: from the
+    thread's start to the gradient that is passed on; ``across``: from gradient to gradient.
+    """
+
+    into: Streams
+    out: Streams
+    across: float
+
+
+@dataclass(frozen=True, slots=True)
 class Units:
     """What the embedding, one layer and the head take: seconds per block, bytes per unit."""
 
     blocks: Mapping[str, Streams]
+    backward: Backward
     resident_bytes: Mapping[str, float]
     saved_bytes: Mapping[str, float]
     boundary_bytes: float
@@ -58,6 +73,21 @@ def passing(template: Template) -> Streams:
             delays = {template.inputs[i]: float(delay) for i, delay in template.rows[row]}
             found[entry] = delays.get(entry, 0.0)
     return found
+
+
+def gradient_delays(bench: Workbench, program: Program) -> Backward:
+    """Return how long a gradient takes through a layer."""
+    inside, outside = program.key("d.h", 0, 0), program.key("d.h+", 0, 0)
+    template = bench.lay(bench.steps([Call("layer.B", 0)]), (outside,), (inside,))
+    delays = {
+        entry: {template.inputs[i]: float(delay) for i, delay in template.rows[row]}
+        for entry, row in template.after
+    }
+    return Backward(
+        {thread: delays[thread].get(outside, 0.0) for thread in THREADS if thread in delays},
+        {thread: delays[inside].get(thread, 0.0) for thread in THREADS},
+        delays[inside].get(outside, 0.0),
+    )
 
 
 def total(parts: Iterable[tuple[float, Streams]]) -> Streams:
@@ -118,15 +148,23 @@ def saved_bytes(program: Program, unit: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Seconds of a stage's forward, backward, last backward and optimizer, by stream."""
+    """Seconds of a stage's forward, backward, last backward and optimizer, by stream.
+
+    ``drain_s``: from the last gradient's arrival until it is passed on (or, on the first stage,
+    used); ``tail_s``: what the last backward still computes after it has passed its gradient on.
+    """
 
     forward: Streams
     backward: Streams
     last: Streams
     optimizer: Streams
+    drain_s: float
+    tail_s: float
 
 
-def make_stage(units: Units, layers: int, ends: tuple[bool, bool], parallel: ParallelStrategy) -> Stage:
+def make_stage(
+    units: Units, layers: int, ends: tuple[bool, bool], parallel: ParallelStrategy
+) -> Stage:
     """Return the stage of so many layers; ``ends``: whether it has the embedding and the head."""
     counts = {"embed": float(ends[0]), "layer": float(layers), "head": float(ends[1])}
 
@@ -138,7 +176,31 @@ def make_stage(units: Units, layers: int, ends: tuple[bool, bool], parallel: Par
     back = total([(1.0, of("unshard", "clear", "B")), (float(layers), again)])
     reduced = total([(1.0, back), (1.0, of("reduce"))])
     always = parallel.zero >= 2 and parallel.dp > 1
-    return Stage(of("unshard", "F"), reduced if always else back, reduced, of("step"))
+    tail = total([(1.0, units.blocks["layer.B"]), (-1.0, units.backward.out),
+                  (1.0, units.blocks.get("layer.reduce", {}))])
+    tail_s = max(tail.get(COMPUTE, 0.0), tail.get(HOST, 0.0), 0.0)
+    return Stage(of("unshard", "F"), reduced if always else back, reduced, of("step"),
+                 _drain(units, layers, ends[0], again), tail_s)
+
+
+def _drain(units: Units, layers: int, first: bool, again: Streams) -> float:
+    """Return the seconds of the last gradient through a stage, by its busiest thread."""
+    blocks, through = units.blocks, units.backward
+    before = total([(1.0, blocks.get("layer.clear", {})), (1.0, again)])
+    each = total([(1.0, before), (1.0, blocks["layer.B"]),
+                  (1.0, blocks.get("layer.reduce", {}))])
+    found = [0.0 if first else layers * through.across]
+    for thread in THREADS:
+        if thread not in through.into:
+            continue
+        start = through.into[thread] + blocks.get("layer.reduce", {}).get(thread, 0.0)
+        if first:
+            embedding = blocks.get("embed.B", {}).get(thread, 0.0)
+            found.append(start + (layers - 1) * each.get(thread, 0.0) + embedding)
+        elif layers > 1:
+            last = before.get(thread, 0.0) + through.out[thread]
+            found.append(start + (layers - 2) * each.get(thread, 0.0) + last)
+    return max(found)
 
 
 @dataclass(slots=True)
@@ -168,7 +230,7 @@ class TrainBounds:
         blocks = {name: passing(bench.lay(bench.steps([Call(name, 0)]), (), ()))
                   for name in program.blocks}
         return Units(
-            blocks,
+            blocks, gradient_delays(bench, program),
             {unit: resident_bytes(program, unit) for unit in UNITS},
             {unit: saved_bytes(program, unit) for unit in UNITS},
             float(program.buffers["h"].size_bytes),
@@ -217,7 +279,7 @@ class TrainBounds:
             first = critical(stage.optimizer) if number == 0 else first
             best = max(best, filled + rank_seconds(stage, count, drained, first))
             filled += critical(stage.forward) + hop
-            drained += critical(stage.last) + hop
+            drained += stage.drain_s + hop
         return best
 
 
@@ -233,7 +295,7 @@ def rank_seconds(stage: Stage, count: int, drained: float, first: float) -> floa
     return max(
         busiest(total([(1.0, whole), (1.0, stage.optimizer)])),
         critical(before) + busiest(stage.last) + own,
-        critical(whole) + drained + first,
+        critical(whole) - stage.tail_s + drained + first if drained else 0.0,
     )
 
 
