@@ -216,7 +216,6 @@ class Interpreter:
         self.context.cached = cached
         self.context.rows = rows or int(self.program.info["seq_len"])
         self.results = {}
-        self.spans = []
         for (name, microbatch), tensor in data.items():
             self._bind(name, -1, microbatch, tensor)
         for action in self.actions:

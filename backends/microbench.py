@@ -107,18 +107,23 @@ def elementwise_cases() -> Iterator[Case]:
         yield _case("sum_rows", dims, one, ("g",), inplace={"g": row})
         yield _case("fill", {"n": size}, {}, ("x",), inplace={"x": (size,)}, cold=("x",))
         yield _case("alias", dims, one, ("y",))
-        yield _rope_case(t, n)
+        yield from _head_cases(t, n)
         yield from _vocabulary_cases(size)
         yield _case("adam", {"n": size}, dict.fromkeys(("g", "w", "m", "v"), (size,)),
                     ("w", "m", "v"), cold=("g", "w", "m", "v"),
                     attrs={"grad_dtype": "fp32", "master": False})
 
 
-def _rope_case(t: int, n: int) -> Case:
-    attrs = {"heads": max(1, n // 64) - (n > 64), "kv_heads": 1 if n > 64 else 0,
-             "head_dim": min(64, n)}
-    return _case("rope", {"t": t, "n": n}, {"x": (t, n + attrs["head_dim"] * (n > 64)),
-                                            "p": (t,)}, ("y",), attrs=attrs, dtypes={"p": "int64"})
+def _head_cases(t: int, n: int) -> Iterator[Case]:
+    """Kinds that work head by head on packed queries, keys and values."""
+    d = 64
+    attrs = {"heads": n // d - 1, "kv_heads": 1, "head_dim": d}
+    packed, scales = (t, n + d), {"q": (d,), "k": (d,)}
+    dims = {"t": t, "n": n}
+    yield _case("rope", dims, {"x": packed, "p": (t,)}, ("y",), attrs=attrs, dtypes={"p": "int64"})
+    yield _case("head_norm", dims, {"x": packed, **scales}, ("y",), attrs=attrs)
+    yield _case("head_norm_backward", dims, {"d": packed, "x": packed, **scales}, ("y", "g", "h"),
+                attrs=attrs, inplace={"g": (d,), "h": (d,)})
 
 
 def _vocabulary_cases(size: int) -> Iterator[Case]:

@@ -123,13 +123,45 @@ def _rmsnorm(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
 def _rmsnorm_backward(
     ctx: Context, op: Op, reads: Results, outs: Outs
 ) -> Results:
-    dy, x, weight = reads
+    dx, grad = _rms_gradients(*reads)
+    return (dx, _added(outs[1], grad.sum(0)))
+
+
+def _rms_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the input, and per row that of the scale."""
     inverse = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + EPSILON).to(x.dtype)
     normed = x * inverse
     scaled = dy * weight
     mean = torch.linalg.vecdot(scaled, normed).unsqueeze(-1) / x.shape[-1]
     dx = torch.addcmul(scaled, normed, mean, value=-1).mul_(inverse)
-    return (dx, _added(outs[1], normed.mul_(dy).sum(0)))
+    return dx, normed.mul_(dy)
+
+
+def _head_norm(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
+    """Norm every head of the queries and of the keys of packed rows; values pass unchanged."""
+    qkv = reads[0]
+    result = qkv.clone()
+    for part, scale in zip(_normed_heads(op, result), reads[1:], strict=True):
+        part.copy_(F.rms_norm(part, part.shape[-1:], scale, EPSILON))
+    return (result,)
+
+
+def _normed_heads(op: Op, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of the query and the key heads, each [rows, heads, d]."""
+    heads, keys, d = op.attrs["heads"], op.attrs["kv_heads"], op.attrs["head_dim"]
+    each = packed.view(packed.shape[0], -1, d)
+    return each[:, :heads], each[:, heads : heads + keys]
+
+
+def _head_norm_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
+    dy, qkv = reads[:2]
+    result, grads = dy.clone(), []
+    parts = zip(_normed_heads(op, result), _normed_heads(op, qkv), reads[2:], outs[1:], strict=True)
+    for part, x, scale, out in parts:
+        dx, grad = _rms_gradients(part, x, scale)
+        part.copy_(dx)
+        grads.append(_added(out, grad.sum((0, 1))))
+    return (result, *grads)
 
 
 def _layernorm(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
@@ -460,6 +492,8 @@ OPS: dict[str, TorchOp] = {
     "rmsnorm_backward": _rmsnorm_backward,
     "layernorm": _layernorm,
     "layernorm_backward": _layernorm_backward,
+    "head_norm": _head_norm,
+    "head_norm_backward": _head_norm_backward,
     "rope": _rope,
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,

@@ -246,6 +246,8 @@ def _timed(runner: Runner, rank: Rank, run: Mapping[str, Any]) -> dict[str, Any]
     results: list[dict[str, Any]] = []
     spans: list[list[list[Any]]] = []
     for _ in range(int(run["repeats"])):
+        for interpreter in runner.interpreters:
+            interpreter.spans.clear()
         rank.barrier()
         clock.settle()
         origin, start = clock.mark(), time.perf_counter()

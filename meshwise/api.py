@@ -58,8 +58,9 @@ def write_trace(result: Result, path: Path) -> None:
     from simcore.errors import InputError
 
     if result.timeline is None:
-        raise InputError("--trace needs a training step or a generation: this kind of workload "
-                         "has no timeline.")
+        raise InputError(
+            "--trace needs a training step or a generation: this kind of workload has no timeline."
+        )
     write_text(path, result.timeline.to_chrome_text())
 
 
@@ -75,7 +76,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def plan(
-    scenario: Source, top: int = 10, *, profile: str | Path | None = None,
+    scenario: Source,
+    top: int = 10,
+    *,
+    profile: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Return the ``top`` best strategies with all their metrics, and why others are out.
@@ -89,8 +93,12 @@ def plan(
 
 
 def run(
-    scenario: Source, rank: int | None = None, *, repeats: int | None = None,
-    timeout_s: float | None = None, trace: str | Path | None = None,
+    scenario: Source,
+    rank: int | None = None,
+    *,
+    repeats: int | None = None,
+    timeout_s: float | None = None,
+    trace: str | Path | None = None,
     profile: str | Path | None = None,
 ) -> Result:
     """Really run a scenario on ranks of this machine and return what was measured.
@@ -107,7 +115,10 @@ def run(
 
 
 def validate(
-    scenario: Source, *, profile: str | Path | None = None, out: str | Path | None = None,
+    scenario: Source,
+    *,
+    profile: str | Path | None = None,
+    out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Result:
     """Predict and really run a scenario, or every case of a grid file, and compare.
@@ -122,7 +133,9 @@ def validate(
 
 
 def calibrate(
-    path: str | Path | None = None, *, quick: bool = False,
+    path: str | Path | None = None,
+    *,
+    quick: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:
     """Measure this machine and return its profile, written to ``path`` or the default place."""
@@ -168,10 +181,18 @@ def model_rows() -> list[dict[str, Any]]:
     rows = []
     for name in model_names():
         spec = load_model(name)
-        rows.append({"name": name, "parameters": parameter_count(spec),
-                     "active_parameters": active_parameter_count(spec), "layers": spec.layers,
-                     "hidden": spec.hidden, "heads": spec.heads, "kv_heads": spec.kv_heads,
-                     "vocab": spec.vocab})
+        rows.append(
+            {
+                "name": name,
+                "parameters": parameter_count(spec),
+                "active_parameters": active_parameter_count(spec),
+                "layers": spec.layers,
+                "hidden": spec.hidden,
+                "heads": spec.heads,
+                "kv_heads": spec.kv_heads,
+                "vocab": spec.vocab,
+            }
+        )
     return rows
 
 
@@ -193,7 +214,10 @@ def hardware_item(name: str) -> dict[str, Any]:
     from simcore.errors import InputError, unknown
 
     loaders: tuple[tuple[str, Callable[[str], Any]], ...] = (
-        ("chip", load_chip), ("link", load_link), ("cluster", load_cluster))
+        ("chip", load_chip),
+        ("link", load_link),
+        ("cluster", load_cluster),
+    )
     for kind, load_one in loaders:
         try:
             return {"kind": kind, **dataclasses.asdict(load_one(name))}
@@ -217,20 +241,43 @@ def hardware_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in chip_names():
         chip = load_chip(name)
-        rates = {f"{dtype}_flops_per_s": chip.peak_flops_per_s.get(dtype)
-                 for dtype in ("bf16", "fp8")}
-        rows.append({"kind": "chip", "name": name, "vendor": chip.vendor, **rates,
-                     "memory_bytes": chip.hbm.size_bytes,
-                     "memory_bytes_per_s": chip.hbm.bytes_per_s, "power_w": chip.power_w})
+        rates = {
+            f"{dtype}_flops_per_s": chip.peak_flops_per_s.get(dtype) for dtype in ("bf16", "fp8")
+        }
+        rows.append(
+            {
+                "kind": "chip",
+                "name": name,
+                "vendor": chip.vendor,
+                **rates,
+                "memory_bytes": chip.hbm.size_bytes,
+                "memory_bytes_per_s": chip.hbm.bytes_per_s,
+                "power_w": chip.power_w,
+            }
+        )
     for name in link_names():
         link = load_link(name)
-        rows.append({"kind": "link", "name": name, "bytes_per_s": link.bytes_per_s,
-                     "latency_s": link.latency_s, "joins": link.kind})
+        rows.append(
+            {
+                "kind": "link",
+                "name": name,
+                "bytes_per_s": link.bytes_per_s,
+                "latency_s": link.latency_s,
+                "joins": link.kind,
+            }
+        )
     for name in cluster_names():
         cluster = load_cluster(name)
-        rows.append({"kind": "cluster", "name": name, "gpu": cluster.chip.name,
-                     "gpus_per_node": cluster.gpus_per_node, "scale_up": cluster.scale_up.name,
-                     "scale_out": cluster.scale_out.name})
+        rows.append(
+            {
+                "kind": "cluster",
+                "name": name,
+                "gpu": cluster.chip.name,
+                "gpus_per_node": cluster.gpus_per_node,
+                "scale_up": cluster.scale_up.name,
+                "scale_out": cluster.scale_out.name,
+            }
+        )
     return rows
 
 

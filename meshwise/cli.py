@@ -22,26 +22,46 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # 128 + SIGINT
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Plan, simulate, really run and validate parallel training and decoding.",
 )
 models_app = typer.Typer(help="The catalogue of models.", rich_markup_mode=None)
-hardware_app = typer.Typer(help="The catalogue of chips, links and clusters.", rich_markup_mode=None)
+hardware_app = typer.Typer(
+    help="The catalogue of chips, links and clusters.", rich_markup_mode=None
+)
 app.add_typer(models_app, name="models")
 app.add_typer(hardware_app, name="hardware")
 
-Scenario = Annotated[str, typer.Argument(
-    metavar="SCENARIO", help="A .toml or .json scenario; - reads standard input.",
-    show_default=False)]
+Scenario = Annotated[
+    str,
+    typer.Argument(
+        metavar="SCENARIO",
+        help="A .toml or .json scenario; - reads standard input.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Engine = Annotated[str | None, typer.Option(
-    help="estimate (closed forms, the default) or simulate (discrete events).")]
-Profile = Annotated[Path | None, typer.Option(
-    metavar="FILE", help="Measured profile of this-cpu; by default calibrate's.",
-    show_default=False)]
-Trace = Annotated[Path | None, typer.Option(
-    metavar="FILE", help="Write a Chrome trace, for ui.perfetto.dev.", show_default=False)]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="estimate (closed forms, the default) or simulate (discrete events)."),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Measured profile of this-cpu; by default calibrate's.",
+        show_default=False,
+    ),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write a Chrome trace, for ui.perfetto.dev.", show_default=False
+    ),
+]
 
 
 def show(result: Result, as_json: bool) -> None:
@@ -87,8 +107,12 @@ def predict(
     engine: Engine = None,
     profile: Profile = None,
     json: Json = False,
-    jsonl: Annotated[bool, typer.Option(
-        "--jsonl", help="Read one JSON scenario a line; print one JSON result a line.")] = False,
+    jsonl: Annotated[
+        bool,
+        typer.Option(
+            "--jsonl", help="Read one JSON scenario a line; print one JSON result a line."
+        ),
+    ] = False,
 ) -> None:
     """Predict the metrics of a scenario."""
     if jsonl:
@@ -113,9 +137,7 @@ def read_lines(source: str) -> Iterable[str]:
         raise InputError(f"{source[:60]}: cannot be read: {reason}.") from None
 
 
-def predict_lines(
-    lines: Iterable[str], engine: str | None, profile: Path | None
-) -> Iterable[str]:
+def predict_lines(lines: Iterable[str], engine: str | None, profile: Path | None) -> Iterable[str]:
     """Yield one JSON line per line: the result, or ``{"error": ...}`` where there is none."""
     import json
 
@@ -165,13 +187,26 @@ def plan(
 @app.command()
 def run(
     scenario: Scenario,
-    rank: Annotated[int | None, typer.Option(
-        min=0, help="Run this rank alone, at its real shapes.", show_default=False)] = None,
-    repeats: Annotated[int | None, typer.Option(
-        min=1, help="Measured repeats; by default the scenario's.", show_default=False)] = None,
-    timeout_s: Annotated[float | None, typer.Option(
-        "--timeout", min=0.001, metavar="SECONDS", help="Give up after so long.",
-        show_default=False)] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Run this rank alone, at its real shapes.", show_default=False),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Measured repeats; by default the scenario's.", show_default=False
+        ),
+    ] = None,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            min=0.001,
+            metavar="SECONDS",
+            help="Give up after so long.",
+            show_default=False,
+        ),
+    ] = None,
     trace: Trace = None,
     profile: Profile = None,
     json: Json = False,
@@ -181,16 +216,18 @@ def run(
     from meshwise.progress import Status
 
     with Status("running on real ranks"):
-        result = api.run(scenario, rank, repeats=repeats, timeout_s=timeout_s, trace=trace,
-                         profile=profile)
+        result = api.run(
+            scenario, rank, repeats=repeats, timeout_s=timeout_s, trace=trace, profile=profile
+        )
     show(result, json)
 
 
 @app.command()
 def validate(
     scenario: Scenario,
-    out: Annotated[Path, typer.Option(
-        metavar="DIR", help="Where a grid's report and pictures go.")] = Path("report"),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where a grid's report and pictures go.")
+    ] = Path("report"),
     profile: Profile = None,
     json: Json = False,
 ) -> None:
@@ -205,8 +242,10 @@ def validate(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="Where to write the profile.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write the profile.", show_default=False),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and samples.")] = False,
     json: Json = False,
 ) -> None:
@@ -224,7 +263,8 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Calibrate this machine anew.")] = False,
     top: Annotated[int, typer.Option(min=2, help="How many plans to run.")] = 5,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes.")] = Path(
-        "report"),
+        "report"
+    ),
     json: Json = False,
 ) -> None:
     """The main job, end to end, on this machine."""
@@ -294,8 +334,11 @@ def _list_hardware(as_json: bool) -> None:
         show_rows(rows, True, "hardware")
         return
     for kind in ("chip", "link", "cluster"):
-        mine = [{key: value for key, value in row.items() if key != "kind"}
-                for row in rows if row["kind"] == kind]
+        mine = [
+            {key: value for key, value in row.items() if key != "kind"}
+            for row in rows
+            if row["kind"] == kind
+        ]
         show_rows(mine, False, f"{kind}s")
 
 
@@ -322,8 +365,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option(
-        "--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Plan, simulate, really run and validate parallel training and decoding."""
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.launch import Job, RunResult, run_many
 from hwmodels.profile import default_path
-from meshwise.execution import (
-    calibrate_machine,
-    load_warning,
-    options_of,
-    runnable,
-    work_of,
-)
-from meshwise.prediction import provenance, question_of, strategy_text
+from meshwise.execution import calibrate_machine, load_warning
+from meshwise.prediction import provenance, question_of, strategy_table, strategy_text
 from meshwise.result import Result
-from meshwise.setting import Setting, resolve
+from meshwise.setting import resolve
 from simcore.errors import InputError
-from simcore.scenario import Scenario, load_scenario, scenario_hash
+from simcore.scenario import ParallelTable, Scenario, load_scenario, scenario_hash
 from simcore.strategy import ParallelStrategy
 from solvers.search import Candidate, search
+from validation.compare import Compared, validate_cases
+from validation.grid import Case, batch_text
+from validation.report import write_report
 
 SCENARIO = Path("examples") / "cpu_train.toml"
 EVERYTHING = 10_000  # more strategies than two ranks have
@@ -39,8 +34,14 @@ def find_scenario() -> Path:
 
 def layout(parallel: ParallelStrategy) -> tuple[object, ...]:
     """Return what tells two ways of sharing the work apart, microbatch and schedule aside."""
-    return (parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.pp, parallel.zero,
-            parallel.sequence_parallel)
+    return (
+        parallel.dp_replicate,
+        parallel.dp_shard,
+        parallel.tp,
+        parallel.pp,
+        parallel.zero,
+        parallel.sequence_parallel,
+    )
 
 
 def best_of_each_layout(candidates: Sequence[Candidate], top: int) -> list[Candidate]:
@@ -51,32 +52,29 @@ def best_of_each_layout(candidates: Sequence[Candidate], top: int) -> list[Candi
     return list(found.values())[:top]
 
 
-def rows_of(chosen: Sequence[Candidate], runs: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Return prediction and measurement of every plan that was run."""
-    order = sorted(range(len(runs)), key=lambda i: runs[i].step_s)
+def case_of(scenario: Scenario, parallel: ParallelStrategy) -> Case:
+    """Return the scenario with a strategy, as a case that can be run beside others."""
+    table = ParallelTable.model_validate(strategy_table(parallel))
+    named = scenario.model_copy(update={"parallel": table})
+    label = scenario.model_spec().name
+    return Case(strategy_text(parallel), label, f"{label}, {batch_text(scenario)}", named)
+
+
+def rows_of(cases: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Return prediction and measurement of every plan that was run, in the planner's order."""
+    order = sorted(range(len(cases)), key=lambda i: cases[i].measured_s)
     places = {index: place for place, index in enumerate(order, start=1)}
     return [
         {
-            "strategy": strategy_text(each.strategy),
-            "predicted_step_s": float(each.metrics["step_s"]),
-            "measured_step_s": run.step_s,
-            "error": float(each.metrics["step_s"]) / run.step_s - 1,
+            "strategy": each.name,
+            "predicted_step_s": each.predicted_s,
+            "measured_step_s": each.measured_s,
+            "error": each.error,
             "predicted_place": index + 1,
             "measured_place": places[index],
         }
-        for index, (each, run) in enumerate(zip(chosen, runs, strict=True))
+        for index, each in enumerate(cases)
     ]
-
-
-def run_plans(
-    scenario: Scenario, chosen: Sequence[Candidate], say: Say
-) -> list[RunResult]:
-    """Return real runs of the plans, all in one launch."""
-    options = options_of(scenario, None, None, None)
-    model, work = scenario.model_spec(), runnable(scenario)
-    jobs = [Job(work_of(model, each.strategy, work), options) for each in chosen]
-    say(f"running {len(jobs)} plans for real on {jobs[0].processes} ranks")
-    return run_many(jobs, lambda done: say(f"{done} of {len(jobs)} plans were run"))
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -86,15 +84,10 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"the plan predicted to be fastest really was: {fastest['strategy']}."
     first = rows[0]
     loss = float(first["measured_step_s"]) / float(fastest["measured_step_s"]) - 1
-    return (f"really fastest was {fastest['strategy']}, predicted number "
-            f"{fastest['predicted_place']}; the plan chosen was {loss:.1%} slower.")
-
-
-def median_error(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the median absolute relative error."""
-    import statistics
-
-    return statistics.median(abs(float(row["error"])) for row in rows)
+    return (
+        f"really fastest was {fastest['strategy']}, predicted number "
+        f"{fastest['predicted_place']}; the plan chosen was {loss:.1%} slower."
+    )
 
 
 def prepare(fresh: bool, say: Say) -> bool:
@@ -114,46 +107,35 @@ def run_demo(
     now = prepare(fresh, say)
     scenario = load_scenario(path)
     setting = resolve(scenario)
+    assert setting.profile is not None
     say("planning a training step on two ranks")
     plan = search(question_of(scenario, setting), top=EVERYTHING)
     chosen = best_of_each_layout(plan.candidates, top)
     if not chosen:
         raise InputError("no strategy of the demo fits this machine's memory.")
     busy = load_warning(setting.cluster.world)
-    runs = run_plans(scenario, chosen, say)
-    rows = rows_of(chosen, runs)
+    say(f"running {len(chosen)} plans for real on {setting.cluster.world} ranks")
+    cases = [case_of(scenario, each.strategy) for each in chosen]
+    comparison = validate_cases("meshwise demo", cases, setting.profile, say)
+    report = write_report(comparison, out)
+    rows = rows_of(comparison.cases)
     metrics = {
-        "plans": rows,
-        "strategies_priced": len(plan.candidates),
-        "median_absolute_error": median_error(rows),
         "verdict": verdict(rows),
+        "strategies_priced": len(plan.candidates),
+        **comparison.summary(),
         "calibrated_now": now,
+        "report": str(report),
+        "plans": rows,
     }
-    result = _result(scenario, setting, metrics, busy)
-    return dataclasses.replace(
-        result, metrics={**metrics, "report": str(write_demo_report(result, chosen, runs, out))})
-
-
-def _result(
-    scenario: Scenario, setting: Setting, metrics: Mapping[str, Any], busy: tuple[str, ...]
-) -> Result:
     notes = (
         *setting.assumptions,
-        "of every way to share the work the best microbatch and schedule is run; no run is used "
-        "for calibration.",
-        "measured: median of the repeats after warm-up, until the slowest rank is done.",
+        "of every way to share the work the best microbatch and schedule is run.",
+        *comparison.assumptions,
     )
-    return Result(scenario_hash(scenario), metrics, notes, (*setting.warnings, *busy),
-                  provenance(scenario, setting, "estimate and execute"))
-
-
-def write_demo_report(
-    result: Result, chosen: Sequence[Candidate], runs: Sequence[RunResult], out: Path
-) -> Path:
-    """Write report.html into ``out`` and return its path."""
-    from meshwise.api import write_text
-    from meshwise.render import page_html
-
-    path = out / "report.html"
-    write_text(path, page_html("meshwise demo", result))
-    return path
+    return Result(
+        scenario_hash(scenario),
+        metrics,
+        notes,
+        (*setting.warnings, *busy),
+        provenance(scenario, setting, "estimate and execute"),
+    )

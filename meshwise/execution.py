@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import statistics
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many
 from hwmodels.profile import Profile, default_path, read_profile
+from meshwise import __version__
 from meshwise.prediction import Answer, provenance, strategy_table
 from meshwise.prediction import choose_strategy as plan_strategy
 from meshwise.result import Result
@@ -26,10 +28,8 @@ from simcore.scenario import Scenario, scenario_hash
 from simcore.strategy import ParallelStrategy, check_strategy
 from simcore.workloads import Generation, TrainStep
 
-if TYPE_CHECKING:
-    from validation.compare import Comparison
-
 MAX_RANKS = 16  # processes that one machine is asked to start
+MAX_GRID_BYTES = 1_000_000
 Say = Callable[[str], None]
 
 
@@ -40,8 +40,10 @@ def runnable(scenario: Scenario) -> TrainStep | Generation:
     """Return the workload. Raises `InputError` for kinds that are not run on ranks."""
     work = scenario.work()
     if not isinstance(work, TrainStep | Generation):
-        raise InputError(f"a workload of kind {scenario.workload.kind!r} cannot be run: give one "
-                         "of kind 'train' or 'generate'.")
+        raise InputError(
+            f"a workload of kind {scenario.workload.kind!r} cannot be run: give one "
+            "of kind 'train' or 'generate'."
+        )
     return work
 
 
@@ -56,7 +58,9 @@ def strategy_of(scenario: Scenario, setting: Setting) -> ParallelStrategy:
 
 
 def work_of(
-    model: ModelSpec, parallel: ParallelStrategy, work: TrainStep | Generation,
+    model: ModelSpec,
+    parallel: ParallelStrategy,
+    work: TrainStep | Generation,
     method: str = "autoregressive",
 ) -> Program | GenerationJob:
     """Return what the ranks run."""
@@ -64,10 +68,17 @@ def work_of(
         return lower_training(model, parallel, work)
     check_generation(parallel, work)
     steps = passes(method, work)
-    later = steps[-1] if len(steps) > 1 else dataclasses.replace(
-        steps[0], new_rows=1, cached_rows=work.input_tokens)
-    return GenerationJob(pass_program(model, parallel, work, steps[0]),
-                         pass_program(model, parallel, work, later), work, method)
+    later = (
+        steps[-1]
+        if len(steps) > 1
+        else dataclasses.replace(steps[0], new_rows=1, cached_rows=work.input_tokens)
+    )
+    return GenerationJob(
+        pass_program(model, parallel, work, steps[0]),
+        pass_program(model, parallel, work, later),
+        work,
+        method,
+    )
 
 
 def options_of(
@@ -77,49 +88,83 @@ def options_of(
     table = scenario.run
     gpu = table.backend == "gpu"
     return RunOptions(
-        seed=table.seed, repeats=repeats or table.repeats, warmup=table.warmup,
-        device="cuda" if gpu else "cpu", backend="nccl" if gpu else "gloo", alone_rank=rank,
-        record_spans=True, timeout_s=timeout_s or table.timeout_s,
+        seed=table.seed,
+        repeats=repeats or table.repeats,
+        warmup=table.warmup,
+        device="cuda" if gpu else "cpu",
+        backend="nccl" if gpu else "gloo",
+        alone_rank=rank,
+        record_spans=True,
+        timeout_s=timeout_s or table.timeout_s,
     )
 
 
 def _check_rank(rank: int | None, world: int) -> None:
     if rank is not None and not 0 <= rank < world:
-        raise InputError(f"--rank {rank} is not one of the scenario's {world} ranks: give one from "
-                         f"0 to {world - 1}.")
+        raise InputError(
+            f"--rank {rank} is not one of the scenario's {world} ranks: give one from "
+            f"0 to {world - 1}."
+        )
     if rank is None and world > MAX_RANKS:
-        raise InputError(f"the scenario has {world} ranks, more than the {MAX_RANKS} that one "
-                         "machine starts: give --rank to run one of them alone.")
+        raise InputError(
+            f"the scenario has {world} ranks, more than the {MAX_RANKS} that one "
+            "machine starts: give --rank to run one of them alone."
+        )
 
 
 # ---------------------------------------------------------------- measured metrics
 
 
 def measured_metrics(
-    model: ModelSpec, parallel: ParallelStrategy, work: TrainStep | Generation,
-    job: Program | GenerationJob, found: RunResult, setting: Setting,
+    model: ModelSpec,
+    parallel: ParallelStrategy,
+    work: TrainStep | Generation,
+    job: Program | GenerationJob,
+    found: RunResult,
+    setting: Setting,
 ) -> Metrics:
     """Return the metrics of a run, with the same names as a prediction's."""
-    limits = {"memory_bytes": setting.memory_bytes, "reserve_bytes": setting.reserve_bytes}
+    room, reserve = setting.memory_bytes, setting.reserve_bytes
     if isinstance(work, Generation):
         assert isinstance(job, GenerationJob)
         times = PassTimes(tuple(passes(job.method, work)), found.pass_seconds)
-        metrics = generate_metrics(model, parallel, work, times, **limits)
+        metrics = generate_metrics(
+            model, parallel, work, times, memory_bytes=room, reserve_bytes=reserve
+        )
     else:
         assert isinstance(job, Program)
         peak = setting.peak_flops_per_s(model.compute_dtype)
-        metrics = train_metrics(model, parallel, work, job, found.timeline(),
-                                chip_peak_flops_per_s=peak, **limits)
-    return metrics | {"repeats_s": list(found.seconds), "ranks": [
-        {"rank": each.rank, "median_s": statistics.median(each.seconds),
-         "payload_bytes": {f"{kind}.{group}": size
-                           for (kind, group), size in each.payload_bytes.items()}}
-        for each in found.ranks]}
+        metrics = train_metrics(
+            model,
+            parallel,
+            work,
+            job,
+            found.timeline(),
+            chip_peak_flops_per_s=peak,
+            memory_bytes=room,
+            reserve_bytes=reserve,
+        )
+    return metrics | {
+        "repeats_s": list(found.seconds),
+        "ranks": [
+            {
+                "rank": each.rank,
+                "median_s": statistics.median(each.seconds),
+                "payload_bytes": {
+                    f"{kind}.{group}": size for (kind, group), size in each.payload_bytes.items()
+                },
+            }
+            for each in found.ranks
+        ],
+    }
 
 
 def run_scenario(
-    scenario: Scenario, rank: int | None = None, repeats: int | None = None,
-    timeout_s: float | None = None, profile: Path | str | None = None,
+    scenario: Scenario,
+    rank: int | None = None,
+    repeats: int | None = None,
+    timeout_s: float | None = None,
+    profile: Path | str | None = None,
     strategy: ParallelStrategy | None = None,
 ) -> Result:
     """Return what a real run measured."""
@@ -134,12 +179,15 @@ def run_scenario(
     found = run_many([Job(job, options)])[0]
     metrics = measured_metrics(model, parallel, work, job, found, setting)
     origin = provenance(scenario, setting, "execute") | {
-        "model": model.name, "parameters": parameter_count(model),
-        "strategy": strategy_table(parallel), "fingerprint": dict(found.ranks[0].fingerprint),
+        "model": model.name,
+        "parameters": parameter_count(model),
+        "strategy": strategy_table(parallel),
+        "fingerprint": dict(found.ranks[0].fingerprint),
     }
     timeline = found.timeline() if isinstance(work, TrainStep) else None
-    return Result(scenario_hash(scenario), metrics, _run_notes(rank, setting, options), busy,
-                  origin, timeline)
+    return Result(
+        scenario_hash(scenario), metrics, _run_notes(rank, setting, options), busy, origin, timeline
+    )
 
 
 def load_warning(ranks: int) -> tuple[str, ...]:
@@ -151,8 +199,10 @@ def load_warning(ranks: int) -> tuple[str, ...]:
     cores = os.cpu_count() or 1
     if load + ranks <= cores + 1:
         return ()
-    return (f"this machine was busy when the run started (load {load:.1f} on {cores} cores): its "
-            "times are those of a shared machine.",)
+    return (
+        f"this machine was busy when the run started (load {load:.1f} on {cores} cores): its "
+        "times are those of a shared machine.",
+    )
 
 
 def _run_notes(rank: int | None, setting: Setting, options: RunOptions) -> tuple[str, ...]:
@@ -163,8 +213,10 @@ def _run_notes(rank: int | None, setting: Setting, options: RunOptions) -> tuple
         f"ranks ran on {options.device}, whatever [cluster] names ({setting.cluster.chip.name}).",
     ]
     if rank is not None:
-        notes.append(f"rank {rank} ran alone at its real shapes: its collectives are local copies "
-                     "of the same size, and it waits for nobody.")
+        notes.append(
+            f"rank {rank} ran alone at its real shapes: its collectives are local copies "
+            "of the same size, and it waits for nobody."
+        )
     return tuple(notes)
 
 
@@ -186,12 +238,18 @@ def validate_scenario(scenario: Scenario, profile: Path | str | None = None) -> 
     name = main_metric(predicted.metrics)
     guess, truth = float(predicted.metrics[name]), float(measured.metrics[name])
     metrics = {
-        **measured.metrics, f"predicted_{name}": guess, f"measured_{name}": truth,
+        **measured.metrics,
+        f"predicted_{name}": guess,
+        f"measured_{name}": truth,
         "error": guess / truth - 1,
     }
     notes = (*setting.assumptions, *predicted.assumptions, *measured.assumptions)
-    return dataclasses.replace(measured, metrics=metrics, assumptions=notes,
-                               warnings=(*setting.warnings, *predicted.warnings, *measured.warnings))
+    return dataclasses.replace(
+        measured,
+        metrics=metrics,
+        assumptions=notes,
+        warnings=(*setting.warnings, *predicted.warnings, *measured.warnings),
+    )
 
 
 def predict_with(scenario: Scenario, setting: Setting, parallel: ParallelStrategy) -> Answer:
@@ -211,15 +269,11 @@ def is_grid(source: str | Path) -> bool:
     """Return whether a file is a grid of cases rather than one scenario."""
     path = Path(source)
     try:
-        if path.suffix.lower() != ".toml" or path.stat().st_size > 10**6:
+        if path.suffix.lower() != ".toml" or path.stat().st_size > MAX_GRID_BYTES:
             return False
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "case" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return False
-    return "workload" not in table and bool(GRID_KEYS & table.keys())
-
-
-GRID_KEYS = frozenset({"case", "cases", "grid", "models", "defaults"})
 
 
 def machine_profile(profile: Path | str | None) -> Profile:
@@ -230,7 +284,9 @@ def machine_profile(profile: Path | str | None) -> Profile:
     return read_profile(path)
 
 
-def calibrate_machine(path: Path | None, quick: bool = False, progress: Say | None = None) -> Profile:
+def calibrate_machine(
+    path: Path | None, quick: bool = False, progress: Say | None = None
+) -> Profile:
     """Measure this machine and return its profile, written to ``path`` or the default place."""
     from validation.calibrate import calibrate
 
@@ -245,14 +301,25 @@ def validate_grid_file(
     from validation.compare import validate_grid
     from validation.report import write_report
 
-    comparison: Comparison = validate_grid(path, machine_profile(profile), progress)
+    measured = machine_profile(profile)
+    busy = load_warning(2)
+    comparison = validate_grid(path, measured, progress)
     report = write_report(comparison, Path(out or "report"))
-    return grid_result(comparison, report)
-
-
-def grid_result(comparison: Comparison, report: Path) -> Result:
-    """Return a comparison as a result."""
-    raise NotImplementedError
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    origin = {
+        "meshwise": __version__,
+        "engine": "estimate and execute",
+        "grid": str(path),
+        "profile": {"name": measured.name, **measured.provenance},
+        "fingerprint": dict(comparison.fingerprint),
+    }
+    return Result(
+        digest,
+        {**comparison.metrics(), "report": str(report)},
+        comparison.assumptions,
+        busy,
+        origin,
+    )
 
 
 def calibration_result(path: Path | None, quick: bool, progress: Say | None) -> Result:
@@ -268,6 +335,8 @@ def calibration_result(path: Path | None, quick: bool, progress: Say | None) -> 
         "kernels": len(profile.kernels),
         "median_residuals": fitted,
     }
-    notes = ("residuals are median absolute relative errors on the shapes that were fitted, not on "
-             "others.",)
+    notes = (
+        "residuals are median absolute relative errors on the shapes that were fitted, not on "
+        "others.",
+    )
     return Result("", metrics, notes, (), {"engine": "measure", **profile.provenance})

@@ -30,9 +30,18 @@ def _dtype_of(element_bytes: float) -> str:
     return next(name for name, size in DTYPE_BYTES.items() if size == element_bytes)
 
 
-def _attention(d: Dims, dtype: str, new_rows: float, reads: tuple[str, ...]) -> list[tuple[Op, float]]:
-    dims = {"b": d["batch"], "h": d["heads"], "hkv": d["kv_heads"], "s": new_rows,
-            "kv": d["kv_len"], "d": d["head_dim"], "dv": d["head_dim"]}
+def _attention(
+    d: Dims, dtype: str, new_rows: float, reads: tuple[str, ...]
+) -> list[tuple[Op, float]]:
+    dims = {
+        "b": d["batch"],
+        "h": d["heads"],
+        "hkv": d["kv_heads"],
+        "s": new_rows,
+        "kv": d["kv_len"],
+        "d": d["head_dim"],
+        "dv": d["head_dim"],
+    }
     attrs = {"causal": bool(d.get("causal", 1.0)), "kv_dtype": _dtype_of(d["kv_element_bytes"])}
     return [(Op("attention", dims, dtype, reads, ("o", "lse"), attrs=attrs), 1.0)]
 
@@ -59,8 +68,10 @@ def _moe(d: Dims, dtype: str) -> list[tuple[Op, float]]:
         found[rows] = found.get(rows, 0.0) + 1.0
     ops = []
     for rows, count in found.items():
-        ops += [(_product(rows, 2 * width, d["hidden"], dtype), count),
-                (_product(rows, d["hidden"], width, dtype), count)]
+        ops += [
+            (_product(rows, 2 * width, d["hidden"], dtype), count),
+            (_product(rows, d["hidden"], width, dtype), count),
+        ]
     return ops
 
 
@@ -84,8 +95,9 @@ def operator_metrics(call: OpCall, cost: ClusterCost) -> dict[str, Any]:
         flops += count * float(done.flops)
         moved += count * float(done.read_bytes + done.write_bytes)
         arithmetic += count * float(done.flops / peak + done.vector_flops / chip.vector_flops_per_s)
-    limits = {"compute": arithmetic, "memory": moved / chip.hbm.bytes_per_s,
-              "latency": chip.launch_s}
+    limits = {
+        "compute": arithmetic,
+        "memory": moved / chip.hbm.bytes_per_s,
+        "latency": chip.launch_s,
+    }
     return op_metrics(seconds, flops, moved, limits)
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,14 +81,23 @@ def question_of(scenario: Scenario, setting: Setting) -> Any:
     work = scenario.work()
     assert isinstance(work, TrainStep | Generation)
     goal = scenario.goal
-    wanted = None
+    wanted: tuple[str, str] | None = None
     if goal is not None:
-        wanted = ("minimise", goal.minimise) if goal.minimise else ("maximise", goal.maximise)
+        wanted = (
+            ("minimise", str(goal.minimise)) if goal.minimise else ("maximise", str(goal.maximise))
+        )
     model = scenario.model_spec()
     dtype = model.compute_dtype
     return Question(
-        model, work, setting.cluster, setting.profile, setting.memory_bytes, setting.reserve_bytes,
-        setting.peak_flops_per_s(dtype), goal=wanted, microbatch=scenario.microbatch,
+        model,
+        work,
+        setting.cluster,
+        setting.profile,
+        setting.memory_bytes,
+        setting.reserve_bytes,
+        setting.peak_flops_per_s(dtype),
+        goal=wanted,
+        microbatch=scenario.microbatch,
     )
 
 
@@ -121,12 +130,16 @@ def strategy_text(parallel: ParallelStrategy) -> str:
 
 def _folding(program: Program) -> str:
     followed = len(program.order)
-    return (f"ranks that hold the same pipeline stage do the same and are followed once: "
-            f"{followed} of {program.world} ranks.")
+    return (
+        f"ranks that hold the same pipeline stage do the same and are followed once: "
+        f"{followed} of {program.world} ranks."
+    )
 
 
-RESERVE_NOTE = (f"{RESERVE_SHARE:.0%} of a device's memory is kept in reserve (vLLM's default "
-                "gpu_memory_utilization is 0.9).")
+RESERVE_NOTE = (
+    f"{RESERVE_SHARE:.0%} of a device's memory is kept in reserve (vLLM's default "
+    "gpu_memory_utilization is 0.9)."
+)
 
 
 def predict_training(
@@ -137,9 +150,14 @@ def predict_training(
     program = lower_training(model, parallel, work)
     found = run_timeline(program, setting, engine)
     metrics = train_metrics(
-        model, parallel, work, program, found,
+        model,
+        parallel,
+        work,
+        program,
+        found,
         chip_peak_flops_per_s=setting.peak_flops_per_s(model.compute_dtype),
-        memory_bytes=setting.memory_bytes, reserve_bytes=setting.reserve_bytes,
+        memory_bytes=setting.memory_bytes,
+        reserve_bytes=setting.reserve_bytes,
     )
     notes = (
         _folding(program),
@@ -161,12 +179,18 @@ def _fit_warning(metrics: Metrics) -> tuple[str, ...]:
     if metrics["fits"]:
         return ()
     need, have = metrics["peak_memory_bytes"], metrics["device_memory_bytes"]
-    return (f"does not fit: {need / 1e9:.4g} GB + {metrics['reserve_bytes'] / 1e9:.3g} GB reserve "
-            f"exceed the device's {have / 1e9:.4g} GB; times are given all the same.",)
+    return (
+        f"does not fit: {need / 1e9:.4g} GB + {metrics['reserve_bytes'] / 1e9:.3g} GB reserve "
+        f"exceed the device's {have / 1e9:.4g} GB; times are given all the same.",
+    )
 
 
 def predict_generation(
-    model: ModelSpec, work: Generation, parallel: ParallelStrategy, setting: Setting, engine: str,
+    model: ModelSpec,
+    work: Generation,
+    parallel: ParallelStrategy,
+    setting: Setting,
+    engine: str,
     method: str = "autoregressive",
 ) -> Answer:
     """Return the answer for one generation."""
@@ -175,16 +199,27 @@ def predict_generation(
     cost = setting.cost({axis: getattr(parallel, axis) for axis in _axes()})
     times = generation_seconds(model, parallel, work, method, cost, cost)
     shown: Timeline | None = None
-    notes = ["every sequence has the stated lengths and all prompts come at once.",
-             "a sampled token goes straight to the next pass: no time of a server is counted."]
+    notes = [
+        "every sequence has the stated lengths and all prompts come at once.",
+        "a sampled token goes straight to the next pass: no time of a server is counted.",
+    ]
     if engine == "simulate":
         times, shown = _simulated(model, work, parallel, setting, times)
-        notes.append(f"the first {SIMULATED_PASSES} lengths of a kind of pass, evenly spread, are "
-                     "simulated and the others interpolated; the trace shows the simulated ones.")
-    metrics = generate_metrics(model, parallel, work, times, memory_bytes=setting.memory_bytes,
-                               reserve_bytes=setting.reserve_bytes)
-    notes.append("peak memory holds weights, the whole KV cache and a pass's activations; "
-                 + RESERVE_NOTE)
+        notes.append(
+            f"the first {SIMULATED_PASSES} lengths of a kind of pass, evenly spread, are "
+            "simulated and the others interpolated; the trace shows the simulated ones."
+        )
+    metrics = generate_metrics(
+        model,
+        parallel,
+        work,
+        times,
+        memory_bytes=setting.memory_bytes,
+        reserve_bytes=setting.reserve_bytes,
+    )
+    notes.append(
+        "peak memory holds weights, the whole KV cache and a pass's activations; " + RESERVE_NOTE
+    )
     warnings = setting.dtype_warnings(model.compute_dtype) + _fit_warning(metrics)
     return Answer(metrics, tuple(notes), warnings, shown, parallel)
 
@@ -196,7 +231,10 @@ def _axes() -> tuple[str, ...]:
 
 
 def _simulated(
-    model: ModelSpec, work: Generation, parallel: ParallelStrategy, setting: Setting,
+    model: ModelSpec,
+    work: Generation,
+    parallel: ParallelStrategy,
+    setting: Setting,
     times: PassTimes,
 ) -> tuple[PassTimes, Timeline]:
     """Return pass times by the event engine, and the simulated passes one after the other."""
@@ -209,8 +247,10 @@ def _simulated(
         steps = [times.passes[places[i]] for i in chosen]
         runs = [_pass_timeline(model, work, parallel, setting, step) for step in steps]
         for run in runs:
-            spans += [span._replace(start_s=span.start_s + clock, end_s=span.end_s + clock)
-                      for span in run.spans]
+            spans += [
+                span._replace(start_s=span.start_s + clock, end_s=span.end_s + clock)
+                for span in run.spans
+            ]
             clock += run.step_s
         at = [float(step.cached_rows) for step in steps]
         cached = [float(times.passes[i].cached_rows) for i in places]
@@ -230,16 +270,20 @@ def predict_collective(work: CollectiveCall, setting: Setting) -> Answer:
 
     cluster = setting.cluster
     if work.ranks > cluster.world:
-        raise InputError(f"[workload].ranks = {work.ranks} exceeds the cluster's {cluster.world} "
-                         "ranks: lower it, or raise [cluster].nodes.")
+        raise InputError(
+            f"[workload].ranks = {work.ranks} exceeds the cluster's {cluster.world} "
+            "ranks: lower it, or raise [cluster].nodes."
+        )
     per_node = min(work.ranks, cluster.gpus_per_node)
     group = GroupLayout(work.ranks, per_node, cluster.scale_up, cluster.scale_out)
     fit = setting.profile.collectives if setting.profile else None
     seconds, algorithm = choose(work.op, work.size_bytes, group, fit=fit)
     bus = bus_bytes_per_s(work.op, work.size_bytes, work.ranks, seconds)
     metrics = collective_metrics(work, float(seconds), float(bus), str(algorithm))
-    return Answer(metrics, ("bytes and bus bandwidth follow nccl-tests' convention; nothing else "
-                            "uses the links.",))
+    return Answer(
+        metrics,
+        ("bytes and bus bandwidth follow nccl-tests' convention; nothing else uses the links.",),
+    )
 
 
 def predict_op(work: OpCall, setting: Setting) -> Answer:
@@ -249,8 +293,10 @@ def predict_op(work: OpCall, setting: Setting) -> Answer:
     if work.op.startswith("attention"):
         notes.append("attention is counted over all (query, key) pairs, causal savings left out.")
     if work.op == "moe":
-        notes.append("the experts are gated FFNs fused into one launch; routing, permutation and "
-                     "communication are not counted.")
+        notes.append(
+            "the experts are gated FFNs fused into one launch; routing, permutation and "
+            "communication are not counted."
+        )
     return Answer(metrics, tuple(notes), setting.dtype_warnings(work.dtype))
 
 
@@ -264,7 +310,8 @@ def answer(scenario: Scenario, setting: Setting, engine: str) -> Answer:
         return predict_collective(work, setting)
     if isinstance(work, OpCall):
         return predict_op(work, setting)
-    parallel, notes = scenario.strategy(), ()
+    parallel = scenario.strategy()
+    notes: tuple[str, ...] = ()
     if parallel is None:
         parallel, notes = _planned(scenario, setting)
     if parallel is None:
@@ -316,9 +363,14 @@ def predict_scenario(
         origin |= {"model": model.name, "parameters": parameter_count(model)}
     if found.strategy is not None:
         origin["strategy"] = strategy_table(found.strategy)
-    return Result(scenario_hash(scenario), found.metrics,
-                  (*setting.assumptions, *found.assumptions),
-                  (*setting.warnings, *found.warnings), origin, found.timeline)
+    return Result(
+        scenario_hash(scenario),
+        found.metrics,
+        (*setting.assumptions, *found.assumptions),
+        (*setting.warnings, *found.warnings),
+        origin,
+        found.timeline,
+    )
 
 
 def strategy_table(parallel: ParallelStrategy) -> dict[str, Any]:
@@ -332,20 +384,27 @@ def strategy_table(parallel: ParallelStrategy) -> dict[str, Any]:
 
 
 def plan_scenario(
-    scenario: Scenario, top: int = 10, profile: Path | str | None = None,
+    scenario: Scenario,
+    top: int = 10,
+    profile: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Return the planner's ranking as a result."""
     from solvers.search import search
 
     if scenario.model is None:
-        raise InputError("a plan needs a training step or a generation: give a [model] and a "
-                         "[workload] of kind 'train' or 'generate'.")
+        raise InputError(
+            "a plan needs a training step or a generation: give a [model] and a "
+            "[workload] of kind 'train' or 'generate'."
+        )
     setting = resolve(scenario, profile)
     found = search(question_of(scenario, setting), top, progress)
     model = scenario.model_spec()
-    notes = ["tp stays within a node unless nothing fits that way; microbatches are divisors of a "
-             "replica's share, at most 64 sequences.", RESERVE_NOTE]
+    notes = [
+        "tp stays within a node unless nothing fits that way; microbatches are divisors of a "
+        "replica's share, at most 64 sequences.",
+        RESERVE_NOTE,
+    ]
     warnings = [*setting.warnings, *setting.dtype_warnings(model.compute_dtype)]
     if scenario.strategy() is not None:
         notes.append("the scenario's own strategy is ignored: the planner chooses.")
@@ -353,5 +412,10 @@ def plan_scenario(
         warnings.append("no plan found: see infeasible_reasons.")
     origin = provenance(scenario, setting, "estimate")
     origin |= {"model": model.name, "parameters": parameter_count(model)}
-    return Result(scenario_hash(scenario), found.to_dict(), (*setting.assumptions, *notes),
-                  tuple(warnings), origin)
+    return Result(
+        scenario_hash(scenario),
+        found.to_dict(),
+        (*setting.assumptions, *notes),
+        tuple(warnings),
+        origin,
+    )

@@ -13,15 +13,33 @@ PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3,
 SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 # Ends of names, longest first, with what is written behind the number.
 UNITS = (
-    ("_bytes_per_s", "B/s"), ("_flops_per_s", "FLOP/s"), ("flops_per_s", "FLOP/s"),
-    ("bytes_per_s", "B/s"), ("tokens_per_s_per_gpu", "token/s"), ("tokens_per_s", "token/s"),
-    ("model_flops", "FLOP"), ("_bytes", "B"), ("bytes_per_token", "B"), ("_s", "s"),
-    ("seconds", "s"), ("_w", "W"), ("_hz", "Hz"), ("parameters", ""),
+    ("_bytes_per_s", "B/s"),
+    ("_flops_per_s", "FLOP/s"),
+    ("flops_per_s", "FLOP/s"),
+    ("bytes_per_s", "B/s"),
+    ("tokens_per_s_per_gpu", "token/s"),
+    ("tokens_per_s", "token/s"),
+    ("model_flops", "FLOP"),
+    ("_bytes", "B"),
+    ("bytes_per_token", "B"),
+    ("_s", "s"),
+    ("seconds", "s"),
+    ("_w", "W"),
+    ("_hz", "Hz"),
+    ("parameters", ""),
 )
-SHARES = ("mfu", "hfu", "mfu_causal", "bubble_fraction", "exposed_communication_fraction", "error",
-          "gap")
-PLAN_COLUMNS = ("step_s", "seconds", "tokens_per_s", "mfu", "tpot_s", "peak_memory_bytes",
-                "bubble_fraction", "exposed_communication_fraction")
+SHARES = ("mfu", "hfu", "mfu_causal", "gap", "blocking", "spread", "median_residuals")
+SHARE_ENDS = ("fraction", "error")
+PLAN_COLUMNS = (
+    "step_s",
+    "seconds",
+    "tokens_per_s",
+    "mfu",
+    "tpot_s",
+    "peak_memory_bytes",
+    "bubble_fraction",
+    "exposed_communication_fraction",
+)
 
 
 def scaled(value: float, unit: str) -> str:
@@ -45,9 +63,11 @@ def human(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {human(name, each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(human(name, each) for each in value[:8]) + (" ..." if len(value) > 8 else "")
-    if name in SHARES:
-        return f"{value:.2%}" if name != "error" else f"{value:+.2%}"
+        return ", ".join(human(name, each) for each in value[:8]) + (
+            " ..." if len(value) > 8 else ""
+        )
+    if name in SHARES or name.endswith(SHARE_ENDS):
+        return f"{value:+.2%}" if name == "error" else f"{value:.2%}"
     for end, unit in UNITS:
         if name.endswith(end):
             return scaled(float(value), unit) if value else f"0 {unit}".rstrip()
@@ -85,8 +105,7 @@ def _grid(title: str, columns: Sequence[str], right: Iterable[int] = ()) -> Any:
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     numbers = set(right)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in numbers else "left",
-                         overflow="fold")
+        table.add_column(column, justify="right" if index in numbers else "left", overflow="fold")
     return table
 
 
@@ -110,8 +129,11 @@ def print_rows(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     if not rows:
         return
     names = list(rows[0])
-    numbers = [i for i, name in enumerate(names)
-               if any(isinstance(row.get(name), int | float) for row in rows)]
+    numbers = [
+        i
+        for i, name in enumerate(names)
+        if any(isinstance(row.get(name), int | float) for row in rows)
+    ]
     grid = _grid(title, [label(name) for name in names], numbers)
     for row in rows:
         grid.add_row(*(_safe(human(name, row.get(name))) for name in names))
@@ -130,8 +152,11 @@ def plan_rows(candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def short_strategy(strategy: Mapping[str, Any]) -> str:
     """Return a strategy in a few words."""
-    words = [f"{axis} {strategy[axis]}" for axis in ("tp", "pp", "dp_replicate", "dp_shard")
-             if strategy[axis] > 1] or ["one rank"]
+    words = [
+        f"{axis} {strategy[axis]}"
+        for axis in ("tp", "pp", "dp_replicate", "dp_shard")
+        if strategy[axis] > 1
+    ] or ["one rank"]
     if strategy["zero_stage"]:
         words.append(f"zero {strategy['zero_stage']}")
     words.append(f"microbatch {strategy['microbatch']}")
@@ -150,9 +175,13 @@ def print_result(result: Result) -> None:
     if "candidates" in metrics:
         _print_plan(metrics)
     else:
-        tables = {name: metrics.pop(name) for name in list(metrics)
-                  if isinstance(metrics[name], list) and metrics[name]
-                  and isinstance(metrics[name][0], Mapping)}
+        tables = {
+            name: metrics.pop(name)
+            for name in list(metrics)
+            if isinstance(metrics[name], list)
+            and metrics[name]
+            and isinstance(metrics[name][0], Mapping)
+        }
         if metrics:
             print_table(metrics)
         for name, rows in tables.items():
@@ -163,11 +192,14 @@ def print_result(result: Result) -> None:
 def _print_plan(metrics: Mapping[str, Any]) -> None:
     print_rows(plan_rows(metrics["candidates"]), "ranked strategies")
     solver = metrics["solver"]
-    reasons = ", ".join(f"{count} for {why}" for why, count in
-                        metrics["infeasible_reasons"].items())
-    print(f"{solver['strategies']} strategies, {solver['infeasible']} infeasible"
-          f"{f' ({reasons})' if reasons else ''}, {solver['priced']} priced in "
-          f"{scaled(solver['wall_s'], 's')}; {solver['status']}, {solver['goal']}.")
+    reasons = ", ".join(
+        f"{count} for {why}" for why, count in metrics["infeasible_reasons"].items()
+    )
+    print(
+        f"{solver['strategies']} strategies, {solver['infeasible']} infeasible"
+        f"{f' ({reasons})' if reasons else ''}, {solver['priced']} priced in "
+        f"{scaled(solver['wall_s'], 's')}; {solver['status']}, {solver['goal']}."
+    )
     for each in metrics["infeasible"][:3]:
         print(f"  out: {short_strategy(each['strategy'])}: {each['reason']}")
 
@@ -181,8 +213,9 @@ def _print_notes(result: Result) -> None:
     for text in result.assumptions:
         console.print(f"  - {_safe(text)}", style="dim")
     origin = result.provenance
-    words = [f"{key} {origin[key]}" for key in ("meshwise", "engine", "cluster", "seed")
-             if key in origin]
+    words = [
+        f"{key} {origin[key]}" for key in ("meshwise", "engine", "cluster", "seed") if key in origin
+    ]
     console.print(_safe(", ".join([*words, f"scenario {result.scenario_hash}"])), style="dim")
 
 
@@ -192,27 +225,23 @@ def result_html(result: Result) -> str:
     if "candidates" in metrics:
         body = _rows_html(plan_rows(metrics["candidates"]))
     else:
-        rows = [(label(name), human(name, value)) for name, value in metrics.items()
-                if not (isinstance(value, list) and value and isinstance(value[0], Mapping))]
-        body = "<table>" + "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>" for name, value in rows
-        ) + "</table>"
+        rows = [
+            (label(name), human(name, value))
+            for name, value in metrics.items()
+            if not (isinstance(value, list) and value and isinstance(value[0], Mapping))
+        ]
+        body = (
+            "<table>"
+            + "".join(
+                f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+                f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+                for name, value in rows
+            )
+            + "</table>"
+        )
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in result.assumptions)
     warnings = "".join(f"<p><b>warning:</b> {html.escape(text)}</p>" for text in result.warnings)
     return f"{warnings}{body}<details><summary>assumptions</summary><ul>{notes}</ul></details>"
-
-
-def page_html(title: str, result: Result) -> str:
-    """Return a whole page of a result, its tables included."""
-    tables = "".join(
-        f"<h2>{html.escape(label(name))}</h2>{_rows_html(rows)}"
-        for name, rows in result.metrics.items()
-        if isinstance(rows, list) and rows and isinstance(rows[0], Mapping)
-    )
-    style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}"
-    return (f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
-            f"<style>{style}</style><h1>{html.escape(title)}</h1>{tables}{result_html(result)}")
 
 
 def _rows_html(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Where a scenario runs: its cluster, what is known of its speed, and how much memory a rank has."""
+"""Where a scenario runs: its cluster, what is known of its speed, and the memory of a rank."""
 
 from __future__ import annotations
 
@@ -98,18 +98,26 @@ def _speed_notes(cluster: Cluster, profile: Profile | None) -> tuple[list[str], 
     chip = cluster.chip.name
     if profile is not None:
         about = profile.provenance
-        return [f"seconds on {chip} come from the measured profile {profile.name!r} "
-                f"({about.get('measurements', '?')} measurements, {about.get('date', 'undated')})."
-                ], []
+        return [
+            f"seconds on {chip} come from the measured profile {profile.name!r} "
+            f"({about.get('measurements', '?')} measurements, {about.get('date', 'undated')})."
+        ], []
     if chip == THIS_CPU:
         return ["seconds on this-cpu are a datasheet roofline of a generic x86 core."], [
             "this machine is NOT CALIBRATED: a generic x86 core stands in, and times may be off "
-            "several-fold; run 'meshwise calibrate' first."]
-    return [f"seconds on {chip} are a datasheet roofline (launch + max of FLOPs over peak and "
-            "bytes over bandwidth), uncalibrated: an optimistic bound, real kernels reach less.",
-            f"links are {cluster.scale_up.name} inside a node of {cluster.gpus_per_node}"
-            + (f" and {cluster.scale_out.name} between {cluster.nodes} nodes"
-               if cluster.nodes > 1 else "") + ", as their datasheets state."], []
+            "several-fold; run 'meshwise calibrate' first."
+        ]
+    return [
+        f"seconds on {chip} are a datasheet roofline (launch + max of FLOPs over peak and "
+        "bytes over bandwidth), uncalibrated: an optimistic bound, real kernels reach less.",
+        f"links are {cluster.scale_up.name} inside a node of {cluster.gpus_per_node}"
+        + (
+            f" and {cluster.scale_out.name} between {cluster.nodes} nodes"
+            if cluster.nodes > 1
+            else ""
+        )
+        + ", as their datasheets state.",
+    ], []
 
 
 def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
@@ -118,5 +126,6 @@ def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
     found = find_profile(cluster, Path(profile) if profile is not None else None)
     memory = rank_memory_bytes(cluster, found)
     assumptions, warnings = _speed_notes(cluster, found)
-    return Setting(cluster, found, memory, RESERVE_SHARE * memory, tuple(assumptions),
-                   tuple(warnings))
+    return Setting(
+        cluster, found, memory, RESERVE_SHARE * memory, tuple(assumptions), tuple(warnings)
+    )

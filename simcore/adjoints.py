@@ -125,6 +125,14 @@ def _norm(op: Op, tape: Tape) -> None:
     )
 
 
+def _head_norm(op: Op, tape: Tape) -> None:
+    grads = tuple(f"g.{weight}" for weight in op.reads[1:])
+    tape.contribute(
+        op.reads[0], "head_norm_backward", op.dims, op.dtype,
+        (f"d.{op.writes[0]}", *op.reads), also=grads, **op.attrs,
+    )
+
+
 def _embedding(op: Op, tape: Tape) -> None:
     tape.weight(
         op.reads[0], "embedding_backward", op.dims, op.dtype,
@@ -201,6 +209,7 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
     "bias": _bias,
     "rmsnorm": _norm,
     "layernorm": _norm,
+    "head_norm": _head_norm,
     "embedding": _embedding,
     "rope": _rope,
     "swiglu": _elementwise_saved,

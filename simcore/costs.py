@@ -11,8 +11,10 @@ from simcore.ops import Op, Size
 class CostModel(Protocol):
     """Seconds of ops on one rank of a mesh."""
 
-    synchronous: bool
-    """Whether the host runs compute itself (a CPU) rather than launching it ahead."""
+    @property
+    def synchronous(self) -> bool:
+        """Whether the host runs compute itself (a CPU) rather than launching it ahead."""
+        ...
 
     def seconds(self, op: Op) -> Size:
         """Return how long ``op`` occupies its stream; never negative, vectorised over dims.

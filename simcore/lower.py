@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from simcore.adjoints import Tape, backward
 from simcore.dtypes import DTYPE_BYTES
 from simcore.errors import InputError, unknown
@@ -69,12 +71,21 @@ class _Lowering:
     blocks: dict[str, tuple[Op, ...]] = field(default_factory=dict)
 
     def weights_of(self, unit: str) -> list[str]:
-        """Return the unit's weights: replicated ones first, so that they are contiguous."""
+        """Return the unit's weights, those whose gradients are summed over tp first, in one run."""
         names = [
             n for n, b in self.buffers.items()
             if b.scope == "weight" and n.startswith(f"{unit}.") and n != f"{unit}.w"
         ]
-        return sorted(names, key=lambda n: self.buffers[n].shard_dim >= 0)
+        return sorted(names, key=lambda n: not self._summed(self.buffers[n]))
+
+    def _summed(self, weight: Buffer) -> bool:
+        """Whether every tensor rank has only a part of the weight's gradient.
+
+        With the tokens sharded that is so for every replicated weight (Korthikanti et al. 2022).
+        """
+        if np.ndim(self.parallel.tp) == 0 and self.parallel.tp == 1:
+            return False
+        return weight.partial or (weight.shard_dim < 0 and self.sequence)
 
     def flatten(self, unit: str) -> None:
         """Lay the unit's weights and gradients out in flat buffers, padded to whole shards."""
@@ -82,7 +93,7 @@ class _Lowering:
         if not names:
             return
         offset: Size = 0
-        replicated: Size = 0
+        summed: Size = 0
         stage, layered = self.shards.stage, self.buffers[names[0]].layered
         for name in names:
             buffer = self.buffers[name]
@@ -91,8 +102,8 @@ class _Lowering:
                 buffer.dims, self.grads_dtype, "grad", layered, f"{unit}.g", offset
             )
             offset = offset + buffer.elements
-            if buffer.shard_dim < 0:
-                replicated = offset
+            if self._summed(buffer):
+                summed = offset
         dtype = self.buffers[names[0]].dtype
         padded = -(-offset // self.shards.degree) * self.shards.degree
         whole = "work" if stage == 3 else "weight"
@@ -102,7 +113,7 @@ class _Lowering:
             (padded,), self.grads_dtype, grads, layered, init="zeros"
         )
         self.buffers[f"{unit}.g.rep"] = Buffer(
-            (replicated,), self.grads_dtype, "grad", layered, f"{unit}.g"
+            (summed,), self.grads_dtype, "grad", layered, f"{unit}.g"
         )
         if stage:
             part = (padded // self.shards.degree,)
@@ -142,7 +153,7 @@ class _Lowering:
         shards, dtype = self.shards, self.grads_dtype
         ops: list[Op] = []
         rep = f"{unit}.g.rep"
-        if self.sequence and self.buffers[rep].elements:
+        if self.buffers[rep].elements:
             ops.append(Op("all_reduce", {"n": self.buffers[rep].elements}, dtype, (rep,), (rep,),
                           "tp", "tp"))
         whole = f"{unit}.g"
@@ -331,7 +342,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     """
     if workload.params_dtype:
         model = replace(model, weights_dtype=workload.params_dtype)
-    check_lowerable(model)
+    check_lowerable(model, workload.seq_len)
     _check_dtypes(model, workload)
     if parallel.schedule not in SCHEDULES:
         raise unknown("schedule", parallel.schedule, SCHEDULES)
@@ -423,7 +434,7 @@ def lower_pass(
 
     ``new`` and ``cached`` may be arrays (one value per pass) when the program is only priced.
     """
-    check_lowerable(model)
+    check_lowerable(model, int(np.max(new + cached)))
     if model.compute_dtype not in DTYPE_BYTES:
         raise unknown("dtype", model.compute_dtype, DTYPE_BYTES)
     rows = Rows(batch // parallel.dp, new, cached, keep_cache=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from simcore.costs import CostModel, Network, transfer_seconds
+from simcore.costs import CostModel, Network
 from simcore.decode import Pass, passes
-from simcore.estimate import is_message, only_op, representative
+from simcore.estimate import is_message, message_seconds, only_op
 from simcore.liveness import activation_peaks, residents
 from simcore.lower import lower_pass
 from simcore.models import ModelSpec, active_parameter_count
@@ -44,17 +44,21 @@ def model_flops_per_token(model: ModelSpec, seq_len: int, *, causal: bool = Fals
 
 def executed_flops(program: Program) -> float:
     """Return the matrix-product FLOPs of one run of the program, over all ranks."""
-    blocks = {name: float(sum(work(op).flops for op in block.ops))
-              for name, block in program.blocks.items()}
-    bodies = {name: sum(blocks[call.block] for call in calls)
-              for name, calls in program.bodies.items()}
+    blocks = {
+        name: float(sum(work(op).flops for op in block.ops))
+        for name, block in program.blocks.items()
+    }
+    bodies = {
+        name: sum(blocks[call.block] for call in calls) for name, calls in program.bodies.items()
+    }
     copies = program.world // len(program.order)
     counts = Counter(action.body for actions in program.order for action in actions)
     return copies * sum(bodies[body] * times for body, times in counts.items())
 
 
-def achieved(model: ModelSpec, workload: TrainStep, world: int, step_s: float,
-             peak_flops_per_s: float) -> Metrics:
+def achieved(
+    model: ModelSpec, workload: TrainStep, world: int, step_s: float, peak_flops_per_s: float
+) -> Metrics:
     """Return throughput and model-FLOPs utilisation of a step that took ``step_s``."""
     tokens = workload.global_batch * workload.seq_len
     flops = tokens * model_flops_per_token(model, workload.seq_len)
@@ -110,8 +114,10 @@ def memory_metrics(
     program: Program, names: Sequence[str], memory_bytes: float, reserve_bytes: float
 ) -> Metrics:
     """Return peak memory of the worst rank, by part, and whether it fits beside the reserve."""
-    worst = max((rank_memory_parts(program, rank) for rank in heaviest_ranks(program)),
-                key=lambda parts: sum(parts.values()))
+    worst = max(
+        (rank_memory_parts(program, rank) for rank in heaviest_ranks(program)),
+        key=lambda parts: sum(parts.values()),
+    )
     total = sum(worst.values())
     return {
         "peak_memory_bytes": total,
@@ -126,9 +132,16 @@ def memory_metrics(
 
 
 def train_metrics(
-    model: ModelSpec, parallel: ParallelStrategy, workload: TrainStep, program: Program,
-    timeline: Timeline, *, chip_peak_flops_per_s: float, memory_bytes: float,
-    reserve_bytes: float, memory: Metrics | None = None,
+    model: ModelSpec,
+    parallel: ParallelStrategy,
+    workload: TrainStep,
+    program: Program,
+    timeline: Timeline,
+    *,
+    chip_peak_flops_per_s: float,
+    memory_bytes: float,
+    reserve_bytes: float,
+    memory: Metrics | None = None,
 ) -> Metrics:
     """Return the metrics of one training step, whichever machine gave the timeline.
 
@@ -181,18 +194,22 @@ def pass_seconds(program: Program, cost: CostModel, network: Network) -> Size:
 def _message_seconds(
     program: Program, rank: int, action: Action, cost: CostModel, network: Network
 ) -> float:
-    """Return the host's part of a message, and with the send its flight."""
+    """Return a send's issue and flight; its receive is posted meanwhile."""
     op = only_op(program, action)
-    seconds = float(cost.issue_seconds(op))
-    if op.kind == "send":
-        ends = [representative(program, rank + step) for step in (0, op.attrs["peer"])]
-        seconds += transfer_seconds(network, *ends, float(np.max(work(op).payload_bytes)))
-    return seconds
+    if op.kind != "send":
+        return 0.0
+    size = float(np.max(work(op).payload_bytes))
+    flight = message_seconds(program, network, rank, rank + op.attrs["peer"], size)
+    return float(cost.issue_seconds(op)) + flight
 
 
 def generation_seconds(
-    model: ModelSpec, parallel: ParallelStrategy, workload: Generation, method: str,
-    cost: CostModel, network: Network,
+    model: ModelSpec,
+    parallel: ParallelStrategy,
+    workload: Generation,
+    method: str,
+    cost: CostModel,
+    network: Network,
 ) -> PassTimes:
     """Return the seconds of every pass; passes with as many new rows are priced at once."""
     steps = tuple(passes(method, workload))
@@ -206,8 +223,12 @@ def generation_seconds(
 
 
 def generation_memory(
-    model: ModelSpec, parallel: ParallelStrategy, workload: Generation, steps: Sequence[Pass],
-    memory_bytes: float, reserve_bytes: float,
+    model: ModelSpec,
+    parallel: ParallelStrategy,
+    workload: Generation,
+    steps: Sequence[Pass],
+    memory_bytes: float,
+    reserve_bytes: float,
 ) -> Metrics:
     """Return the memory metrics of the heavier of the first and the last pass.
 
@@ -230,13 +251,22 @@ def _with_cache(
     parts = dict(metrics["peak_memory_parts_bytes"])
     parts["kv_cache"] *= scale
     total = sum(parts.values())
-    return {**metrics, "peak_memory_bytes": total, "peak_memory_parts_bytes": parts,
-            "fits": bool(total + reserve_bytes <= memory_bytes)}
+    return {
+        **metrics,
+        "peak_memory_bytes": total,
+        "peak_memory_parts_bytes": parts,
+        "fits": bool(total + reserve_bytes <= memory_bytes),
+    }
 
 
 def generate_metrics(
-    model: ModelSpec, parallel: ParallelStrategy, workload: Generation, times: PassTimes, *,
-    memory_bytes: float, reserve_bytes: float,
+    model: ModelSpec,
+    parallel: ParallelStrategy,
+    workload: Generation,
+    times: PassTimes,
+    *,
+    memory_bytes: float,
+    reserve_bytes: float,
 ) -> Metrics:
     """Return the metrics of one generation from the seconds of its passes."""
     total, first = sum(times.seconds), times.seconds[0]

@@ -36,12 +36,14 @@ class Builder:
 
     def weight(
         self, name: str, *dims: Size, dtype: str, pieces: tuple[Size, ...] = (),
-        shard_dim: int = -1, init: str = "normal",
+        shard_dim: int = -1, partial: bool = False,
+        init: str = "normal",
     ) -> str:
         """Declare a weight of this block and return its full name."""
         full = f"{self.prefix}.{name}"
         self.buffers[full] = Buffer(
-            dims, dtype, "weight", self.layered, pieces=pieces, shard_dim=shard_dim, init=init
+            dims, dtype, "weight", self.layered, pieces=pieces, shard_dim=shard_dim, partial=partial,
+            init=init,
         )
         return full
 
@@ -160,9 +162,16 @@ def _attention(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: 
     full = (model.heads * d, model.kv_heads * d, model.kv_heads * d)
     qkv = _linear(b, model, x, "qkv", tokens, width, model.hidden,
                   pieces=full, bias=model.qkv_bias, shard_dim=0)
+    attrs: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": d}
+    if model.qk_norm:
+        scales = tuple(
+            b.weight(f"{part}.scale", d, dtype=model.weights_dtype, init="ones", partial=True)
+            for part in ("q", "k")
+        )
+        qkv = b.op("head_norm", (qkv, *scales), (b.act("qkv.norm", tokens, width),), t=tokens,
+                   n=(heads + kv_heads) * d, attrs=attrs)
     if model.position == "rope":
         turned = b.act("qkv.rope", tokens, width)
-        attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": d}
         qkv = b.op("rope", (qkv, "positions"), (turned,), t=tokens, n=(heads + kv_heads) * d,
                    attrs=attrs)
     out = b.act("o", tokens, heads * d)
@@ -199,14 +208,17 @@ def _ffn(b: Builder, model: ModelSpec, tp: TensorParallel, tokens: Size, x: str)
     return _row_bias(b, model, z, "z", tp.local(tokens)) if model.ffn_bias else z
 
 
-def check_lowerable(model: ModelSpec) -> None:
-    """Raise `InputError` where a network has parts that no op covers yet."""
+def check_lowerable(model: ModelSpec, length: int) -> None:
+    """Raise `InputError` where a network has parts that no op covers yet at ``length`` tokens."""
     missing = {
         "mixture-of-experts layers": model.experts > 0,
         "latent attention (MLA)": model.kv_lora_rank > 0,
         "state-space layers": "ssm" in model.mixers,
-        "norms of queries and keys": model.qk_norm,
-        "norms after attention and FFN": model.norms_per_layer > 2,
+        "layers that slide over fewer tokens than a sequence has": (
+            "sliding" in model.mixers and 0 < model.sliding_window < length
+        ),
+        "attention sinks": model.attention_sinks,
+        "a norm of the embedding": model.embedding_norm,
         "ALiBi positions": model.position == "alibi",
         "an embedding narrower than hidden": model.embedding_dim not in (0, model.hidden),
     }
@@ -235,9 +247,12 @@ def layer_block(
         both = b.op("add", (y, z), (b.act("yz", local, hidden),), t=local, n=hidden)
         b.op("add", ("h", both), ("h+",), t=local, n=hidden)
         return b.ops
+    after = model.norms_per_layer > 2
+    y = _norm(b, model, y, "n1.after", local) if after else y
     mid = b.op("add", ("h", y), (b.act("mid", local, hidden),), t=local, n=hidden)
     normed = tp.enter(b, _norm(b, model, mid, "n2", local), tokens, hidden)
     z = _ffn(b, model, tp, tokens, normed)
+    z = _norm(b, model, z, "n2.after", local) if after else z
     b.op("add", (mid, z), ("h+",), t=local, n=hidden)
     return b.ops
 

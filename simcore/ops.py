@@ -60,6 +60,7 @@ class Buffer:
     part: str = ""  # a view of the rank's equal share of the base along this group
     pieces: tuple[Size, ...] = ()  # weights: full rows fused along dim 0, each sharded alone
     shard_dim: int = -1  # weights: the dim split over tp; -1 replicated
+    partial: bool = False  # a replicated weight of which every tensor rank has a part of the gradient
     init: str = "normal"  # normal, ones, zeros
 
     @property
@@ -207,6 +208,8 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "rmsnorm_backward": _elementwise(2, 1, 10),
     "layernorm": _elementwise(1, 1, 7),
     "layernorm_backward": _elementwise(2, 1, 14),
+    "head_norm": _elementwise(1, 1, 4),
+    "head_norm_backward": _elementwise(2, 1, 10),
     "rope": _elementwise(1, 1, 6),
     "swiglu": _elementwise(2, 1, 5),
     "swiglu_backward": _elementwise(3, 2, 10),

@@ -126,8 +126,9 @@ def resident_bytes(program: Program, unit: str) -> float:
     blocks = [block for name, block in program.blocks.items() if name.startswith(f"{unit}.")]
     names = {_root(program, name) for block in blocks for name in _touched(block.ops)}
     own = {name for name in names if name.startswith(f"{unit}.")}
-    return sum(float(program.buffers[n].size_bytes) for n in own
-               if program.buffers[n].scope in PERSISTENT)
+    return sum(
+        float(program.buffers[n].size_bytes) for n in own if program.buffers[n].scope in PERSISTENT
+    )
 
 
 def saved_bytes(program: Program, unit: str) -> float:
@@ -169,26 +170,39 @@ def make_stage(
     counts = {"embed": float(ends[0]), "layer": float(layers), "head": float(ends[1])}
 
     def of(*kinds: str) -> Streams:
-        return total((counts[unit], units.blocks.get(f"{unit}.{kind}", {}))
-                     for unit in UNITS for kind in kinds)
+        return total(
+            (counts[unit], units.blocks.get(f"{unit}.{kind}", {}))
+            for unit in UNITS
+            for kind in kinds
+        )
 
     again = units.blocks["layer.F"] if parallel.recompute == "full" else {}
     back = total([(1.0, of("unshard", "clear", "B")), (float(layers), again)])
     reduced = total([(1.0, back), (1.0, of("reduce"))])
     always = parallel.zero >= 2 and parallel.dp > 1
-    tail = total([(1.0, units.blocks["layer.B"]), (-1.0, units.backward.out),
-                  (1.0, units.blocks.get("layer.reduce", {}))])
+    tail = total(
+        [
+            (1.0, units.blocks["layer.B"]),
+            (-1.0, units.backward.out),
+            (1.0, units.blocks.get("layer.reduce", {})),
+        ]
+    )
     tail_s = max(tail.get(COMPUTE, 0.0), tail.get(HOST, 0.0), 0.0)
-    return Stage(of("unshard", "F"), reduced if always else back, reduced, of("step"),
-                 _drain(units, layers, ends[0], again), tail_s)
+    return Stage(
+        of("unshard", "F"),
+        reduced if always else back,
+        reduced,
+        of("step"),
+        _drain(units, layers, ends[0], again),
+        tail_s,
+    )
 
 
 def _drain(units: Units, layers: int, first: bool, again: Streams) -> float:
     """Return the seconds of the last gradient through a stage, by its busiest thread."""
     blocks, through = units.blocks, units.backward
     before = total([(1.0, blocks.get("layer.clear", {})), (1.0, again)])
-    each = total([(1.0, before), (1.0, blocks["layer.B"]),
-                  (1.0, blocks.get("layer.reduce", {}))])
+    each = total([(1.0, before), (1.0, blocks["layer.B"]), (1.0, blocks.get("layer.reduce", {}))])
     found = [0.0 if first else layers * through.across]
     for thread in THREADS:
         if thread not in through.into:
@@ -212,7 +226,8 @@ class TrainBounds:
     cost_of: CostOf
     units: dict[ParallelStrategy, Units] = field(default_factory=dict)
     stages: dict[tuple[ParallelStrategy, int, tuple[bool, bool]], Stage] = field(
-        default_factory=dict)
+        default_factory=dict
+    )
     hops: dict[tuple[ParallelStrategy, int], float] = field(default_factory=dict)
 
     def unit(self, parallel: ParallelStrategy) -> Units:
@@ -227,10 +242,13 @@ class TrainBounds:
         work = replace(self.workload, global_batch=parallel.dp * parallel.microbatch)
         program = lower_training(model, parallel, work)
         bench = Workbench(program, self.cost_of(parallel))
-        blocks = {name: passing(bench.lay(bench.steps([Call(name, 0)]), (), ()))
-                  for name in program.blocks}
+        blocks = {
+            name: passing(bench.lay(bench.steps([Call(name, 0)]), (), ()))
+            for name in program.blocks
+        }
         return Units(
-            blocks, gradient_delays(bench, program),
+            blocks,
+            gradient_delays(bench, program),
             {unit: resident_bytes(program, unit) for unit in UNITS},
             {unit: saved_bytes(program, unit) for unit in UNITS},
             float(program.buffers["h"].size_bytes),
@@ -265,7 +283,8 @@ class TrainBounds:
         if key not in self.hops:
             cost = self.cost_of(parallel)
             self.hops[key] = transfer_seconds(
-                cost, 0, parallel.world // parallel.pp, units.boundary_bytes)
+                cost, 0, parallel.world // parallel.pp, units.boundary_bytes
+            )
         return self.hops[key]
 
     def seconds(self, parallel: ParallelStrategy) -> float:
@@ -288,8 +307,9 @@ def rank_seconds(stage: Stage, count: int, drained: float, first: float) -> floa
 
     Either the rank's own optimizer ends it or that of the first stage, ``drained`` later.
     """
-    before = total([(count - 1.0, stage.forward), (count - 1.0, stage.backward),
-                    (1.0, stage.forward)])
+    before = total(
+        [(count - 1.0, stage.forward), (count - 1.0, stage.backward), (1.0, stage.forward)]
+    )
     whole = total([(1.0, before), (1.0, stage.last)])
     own = critical(stage.optimizer)
     return max(
@@ -297,5 +317,3 @@ def rank_seconds(stage: Stage, count: int, drained: float, first: float) -> floa
         critical(before) + busiest(stage.last) + own,
         critical(whole) - stage.tail_s + drained + first if drained else 0.0,
     )
-
-

@@ -37,8 +37,11 @@ from solvers.bounds import Bounds, TrainBounds
 
 MAX_MICROBATCH = 64
 BY_TIME = {  # metrics that are better exactly when the step or the generation is shorter
-    ("minimise", "step_s"), ("minimise", "seconds"), ("maximise", "tokens_per_s"),
-    ("maximise", "tokens_per_s_per_gpu"), ("maximise", "mfu"),
+    ("minimise", "step_s"),
+    ("minimise", "seconds"),
+    ("maximise", "tokens_per_s"),
+    ("maximise", "tokens_per_s_per_gpu"),
+    ("maximise", "mfu"),
 }
 Goal = tuple[str, str]
 Progress = Callable[[int, int], None]
@@ -144,8 +147,16 @@ class Plan:
 
 def _table(parallel: ParallelStrategy) -> dict[str, Any]:
     """Return the keys of [parallel] that a strategy decides."""
-    keys = ("dp_replicate", "dp_shard", "tp", "pp", "microbatch", "schedule", "sequence_parallel",
-            "recompute")
+    keys = (
+        "dp_replicate",
+        "dp_shard",
+        "tp",
+        "pp",
+        "microbatch",
+        "schedule",
+        "sequence_parallel",
+        "recompute",
+    )
     return {**{key: getattr(parallel, key) for key in keys}, "zero_stage": parallel.zero}
 
 
@@ -174,8 +185,9 @@ def meshes(question: Question, max_tp: int) -> Iterator[ParallelStrategy]:
             dp = world // tp // pp
             layouts = data_layouts(dp) if training else [(dp, 1, None)]
             for replicate, shard, stage in layouts:
-                yield ParallelStrategy(dp_replicate=replicate, dp_shard=shard, tp=tp, pp=pp,
-                                       zero_stage=stage)
+                yield ParallelStrategy(
+                    dp_replicate=replicate, dp_shard=shard, tp=tp, pp=pp, zero_stage=stage
+                )
 
 
 def variants(question: Question, mesh: ParallelStrategy) -> Iterator[ParallelStrategy]:
@@ -186,17 +198,28 @@ def variants(question: Question, mesh: ParallelStrategy) -> Iterator[ParallelStr
         return
     share, rest = divmod(work.global_batch, mesh.dp)
     if rest or not share:
-        yield mesh if question.microbatch is None else dataclasses.replace(
-            mesh, microbatch=question.microbatch)
+        yield (
+            mesh
+            if question.microbatch is None
+            else dataclasses.replace(mesh, microbatch=question.microbatch)
+        )
         return
-    sizes = [question.microbatch] if question.microbatch else [
-        size for size in divisors(share) if size <= MAX_MICROBATCH]
+    sizes = (
+        [question.microbatch]
+        if question.microbatch
+        else [size for size in divisors(share) if size <= MAX_MICROBATCH]
+    )
     for size, sequence, recompute in product(
         sizes, (False, True) if mesh.tp > 1 else (False,), ("none", "full")
     ):
         for schedule in ("1f1b", "gpipe") if mesh.pp > 1 and share > size else ("1f1b",):
-            yield dataclasses.replace(mesh, microbatch=size, schedule=schedule,
-                                      sequence_parallel=sequence, recompute=recompute)
+            yield dataclasses.replace(
+                mesh,
+                microbatch=size,
+                schedule=schedule,
+                sequence_parallel=sequence,
+                recompute=recompute,
+            )
 
 
 def check(question: Question, parallel: ParallelStrategy) -> None:
@@ -207,15 +230,15 @@ def check(question: Question, parallel: ParallelStrategy) -> None:
         microbatches(parallel, work)
         rows = parallel.microbatch * work.seq_len
         if parallel.sequence_parallel and rows % parallel.tp:
-            raise InputError(f"sequence_parallel needs microbatch x seq_len {rows} to be a "
-                             f"multiple of tp {parallel.tp}.")
+            raise InputError(
+                f"sequence_parallel needs microbatch x seq_len {rows} to be a "
+                f"multiple of tp {parallel.tp}."
+            )
     else:
         check_generation(parallel, work)
 
 
-def lattice(
-    question: Question, max_tp: int
-) -> tuple[list[ParallelStrategy], list[Infeasible]]:
+def lattice(question: Question, max_tp: int) -> tuple[list[ParallelStrategy], list[Infeasible]]:
     """Return the strategies that can be laid out, and those that cannot."""
     sound, out = [], []
     for mesh in meshes(question, max_tp):
@@ -244,23 +267,35 @@ def price(question: Question, parallel: ParallelStrategy, *, unless_large: bool 
     With ``unless_large`` a strategy that does not fit gets its memory metrics alone.
     """
     work, cost = question.workload, cost_of(question, parallel)
-    limits = {"memory_bytes": question.memory_bytes, "reserve_bytes": question.reserve_bytes}
+    room, reserve = question.memory_bytes, question.reserve_bytes
     if isinstance(work, Generation):
         times = generation_seconds(question.model, parallel, work, question.method, cost, cost)
-        return generate_metrics(question.model, parallel, work, times, **limits)
+        return generate_metrics(
+            question.model, parallel, work, times, memory_bytes=room, reserve_bytes=reserve
+        )
     program = lower_training(question.model, parallel, work)
-    memory = memory_metrics(program, TRAIN_PARTS, **limits)
+    memory = memory_metrics(program, TRAIN_PARTS, room, reserve)
     if unless_large and not memory["fits"]:
         return memory
     found = estimate(program, cost, cost)
-    return train_metrics(question.model, parallel, work, program, found, memory=memory,
-                         chip_peak_flops_per_s=question.peak_flops_per_s, **limits)
+    return train_metrics(
+        question.model,
+        parallel,
+        work,
+        program,
+        found,
+        memory=memory,
+        chip_peak_flops_per_s=question.peak_flops_per_s,
+        memory_bytes=room,
+        reserve_bytes=reserve,
+    )
 
 
 def _too_large(parallel: ParallelStrategy, need: float, question: Question) -> Infeasible:
     have = question.budget_bytes
     return Infeasible(
-        parallel, "memory",
+        parallel,
+        "memory",
         f"needs {need / 1e9:.4g} GB per rank, {(need - have) / 1e9:.3g} GB more than the "
         f"{have / 1e9:.4g} GB beside the reserve.",
         need - have,
@@ -377,8 +412,14 @@ def _report(run: _Search, strategies: int, wall_s: float) -> Plan:
     best = float(kept[0].metrics[run.question.aim[1]]) if kept else None
     laid_out = [each for each in run.out if each.kind != "divisibility"]
     report = SolverReport(
-        "exhaustive with bounds", "optimal" if kept else "infeasible",
-        strategies + len(run.out) - len(laid_out), len(run.out), run.priced, wall_s,
-        best, best, 0.0 if kept else None,
+        "exhaustive with bounds",
+        "optimal" if kept else "infeasible",
+        strategies + len(run.out) - len(laid_out),
+        len(run.out),
+        run.priced,
+        wall_s,
+        best,
+        best,
+        0.0 if kept else None,
     )
     return Plan(kept, tuple(run.out), report, run.question.aim)

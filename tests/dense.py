@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simcore.models import ModelSpec
 
 EPSILON = 1e-5
+NORMS = {"n1": "n1", "n2": "n2", "after1": "n1.after", "after2": "n2.after", "q": "q", "k": "k"}
 
 
 class RMSNorm(nn.Module):
@@ -54,6 +55,10 @@ class Layer(nn.Module):
         heads, kv, d = model.heads, model.kv_heads, model.head_dim
         self.n1, self.n2 = norm(model.hidden), norm(model.hidden)
         self.qkv = nn.Linear(model.hidden, (heads + 2 * kv) * d, bias=model.qkv_bias)
+        if model.qk_norm:
+            self.q, self.k = norm(d), norm(d)
+        if model.norms_per_layer > 2:
+            self.after1, self.after2 = norm(model.hidden), norm(model.hidden)
         self.y = nn.Linear(heads * d, model.hidden, bias=model.out_bias)
         wide = model.ffn * (2 if model.ffn_kind == "gated" else 1)
         self.up = nn.Linear(model.hidden, wide, bias=model.ffn_bias)
@@ -64,6 +69,8 @@ class Layer(nn.Module):
         h, kv, d = self.model.heads, self.model.kv_heads, self.model.head_dim
         parts = self.qkv(x).split([h * d, kv * d, kv * d], -1)
         q, k, v = (p.view(batch, rows, -1, d).transpose(1, 2) for p in parts)
+        if self.model.qk_norm:
+            q, k = self.q(q), self.k(k)
         if self.model.position == "rope":
             q, k = rotate(q), rotate(k)
         k, v = (torch.repeat_interleave(p, h // kv, dim=1) for p in (k, v))
@@ -78,7 +85,8 @@ class Layer(nn.Module):
         wide = self.up(x)
         if self.model.ffn_kind == "gated":
             gate, value = wide.chunk(2, -1)
-            return self.z(F.silu(gate) * value)
+            silu = self.model.activation == "silu"
+            return self.z((F.silu(gate) if silu else self._gelu(gate)) * value)
         return self.z(F.relu(wide) if self.model.activation == "relu" else self._gelu(wide))
 
     def _gelu(self, x: Tensor) -> Tensor:
@@ -89,6 +97,9 @@ class Layer(nn.Module):
             normed = self.n1(x)
             second = self.n2(x) if self.model.norms_per_layer > 1 else normed
             return x + self.attention(normed) + self.ffn(second)
+        if self.model.norms_per_layer > 2:
+            x = x + self.after1(self.attention(self.n1(x)))
+            return x + self.after2(self.ffn(self.n2(x)))
         x = x + self.attention(self.n1(x))
         return x + self.ffn(self.n2(x))
 
@@ -139,8 +150,9 @@ class Dense(nn.Module):
         if not self.model.tied_embeddings:
             found["head.wlogits", -1] = self.head
         for number, layer in enumerate(self.layers):
-            for name in ("n1", "n2"):
-                for part, value in getattr(layer, name).named_parameters():
+            for attribute, name in NORMS.items():
+                norm = getattr(layer, attribute, None)
+                for part, value in norm.named_parameters() if norm is not None else ():
                     found[f"layer.{name}.{part}", number] = value
             for name in ("qkv", "y", "up", "z"):
                 linear = getattr(layer, name)

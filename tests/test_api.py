@@ -20,19 +20,33 @@ EXAMPLES = ROOT / "examples"
 MODEL = {"layers": 4, "hidden": 64, "heads": 4, "ffn": 128, "vocab": 256}
 CLUSTER = {"gpu": "h100-sxm-80gb", "gpus_per_node": 4}
 TRAIN = {"kind": "train", "global_batch": 8, "seq_len": 64}
+ENGINES = ("estimate", "simulate")
 KEYS = {"scenario_hash", "metrics", "assumptions", "warnings", "provenance"}
 METRICS = {
     "train": {
-        "step_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "hfu", "model_flops",
-        "peak_memory_bytes", "fits", "bubble_fraction", "exposed_communication_fraction",
+        "step_s",
+        "tokens_per_s",
+        "tokens_per_s_per_gpu",
+        "mfu",
+        "hfu",
+        "model_flops",
+        "peak_memory_bytes",
+        "fits",
+        "bubble_fraction",
+        "exposed_communication_fraction",
     },
     "generate": {
-        "seconds", "tokens_per_s", "tpot_s", "passes", "committed_per_pass",
-        "speedup_vs_autoregressive", "peak_memory_bytes",
+        "seconds",
+        "tokens_per_s",
+        "tpot_s",
+        "passes",
+        "committed_per_pass",
+        "speedup_vs_autoregressive",
+        "peak_memory_bytes",
     },
     "collective": {"seconds", "algorithm_bytes_per_s", "bus_bytes_per_s", "algorithm"},
     "op": {"seconds", "flops_per_s", "bytes_per_s", "bound"},
-}  # fmt: skip
+}
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.toml") if "grid" not in path.name)
 
 
@@ -69,14 +83,16 @@ def test_a_path_a_dict_and_a_scenario_mean_the_same() -> None:
 @pytest.mark.parametrize("degrees", [{"tp": 4}, {"pp": 4}, {"dp_replicate": 4}, {"dp_shard": 4}])
 def test_engines_agree(degrees: dict[str, int]) -> None:
     raw = scenario(parallel=degrees)
-    guess, truth = (mw.predict(raw, engine).metrics["step_s"] for engine in ("estimate", "simulate"))
+    guess, truth = (mw.predict(raw, engine).metrics["step_s"] for engine in ENGINES)
     assert guess == pytest.approx(truth, rel=0.02)
 
 
 def test_generation_engines_agree() -> None:
-    raw = scenario(workload={"kind": "generate", "batch": 2, "input_tokens": 16,
-                             "output_tokens": 40}, parallel={"tp": 2, "pp": 2})  # fmt: skip
-    guess, truth = (mw.predict(raw, engine).metrics["seconds"] for engine in ("estimate", "simulate"))
+    raw = scenario(
+        workload={"kind": "generate", "batch": 2, "input_tokens": 16, "output_tokens": 40},
+        parallel={"tp": 2, "pp": 2},
+    )
+    guess, truth = (mw.predict(raw, engine).metrics["seconds"] for engine in ENGINES)
     assert guess == pytest.approx(truth, rel=0.02)
 
 
@@ -100,8 +116,11 @@ def test_too_large_a_plan_is_a_result() -> None:
 
 
 def test_no_strategy_at_all_is_a_result() -> None:
-    raw = scenario(parallel=None, model={**MODEL, "heads": 1, "ffn": 127, "layers": 1},
-                   workload={**TRAIN, "global_batch": 1})  # fmt: skip
+    raw = scenario(
+        parallel=None,
+        model={**MODEL, "heads": 1, "ffn": 127, "layers": 1},
+        workload={**TRAIN, "global_batch": 1},
+    )
     result = mw.predict(raw)
     assert result.metrics == {"fits": False, "plan_found": False}
     assert "no plan found" in result.warnings[-1]
@@ -109,8 +128,9 @@ def test_no_strategy_at_all_is_a_result() -> None:
 
 def test_datasheet_numbers_are_called_so() -> None:
     result = mw.predict(scenario())
-    assert any("datasheet roofline" in text and "uncalibrated" in text
-               for text in result.assumptions)  # fmt: skip
+    assert any(
+        "datasheet roofline" in text and "uncalibrated" in text for text in result.assumptions
+    )
     assert result.provenance["profile"] is None
 
 
@@ -129,8 +149,10 @@ def test_a_profile_belongs_to_this_cpu_alone(tmp_path: Path) -> None:
 
 
 def test_a_dtype_without_a_matrix_rate_is_warned_of() -> None:
-    raw = scenario(cluster={"gpu": "a100-sxm-80gb", "gpus_per_node": 4},
-                   model={**MODEL, "compute_dtype": "fp8"})  # fmt: skip
+    raw = scenario(
+        cluster={"gpu": "a100-sxm-80gb", "gpus_per_node": 4},
+        model={**MODEL, "compute_dtype": "fp8"},
+    )
     assert any("no matrix rate for fp8" in text for text in mw.predict(raw).warnings)
 
 
@@ -172,22 +194,50 @@ def test_roofline_of_a_gemm_by_hand() -> None:
     [
         ({"op": "gemm", "m": 1, "n": 8192, "k": 8192}, "memory"),
         ({"op": "gemm", "m": 16, "n": 16, "k": 16}, "latency"),
-        ({"op": "attention_decode", "batch": 64, "kv_len": 8192, "heads": 32, "kv_heads": 8,
-          "head_dim": 128, "kv_dtype": "fp8"}, "memory"),
-        ({"op": "attention_prefill", "batch": 1, "seq_len": 8192, "heads": 32, "head_dim": 128},
-         "compute"),
-        ({"op": "moe", "tokens": 4, "hidden": 4096, "ffn": 14336, "experts": 8,
-          "experts_per_token": 2}, "memory"),
+        (
+            {
+                "op": "attention_decode",
+                "batch": 64,
+                "kv_len": 8192,
+                "heads": 32,
+                "kv_heads": 8,
+                "head_dim": 128,
+                "kv_dtype": "fp8",
+            },
+            "memory",
+        ),
+        (
+            {"op": "attention_prefill", "batch": 1, "seq_len": 8192, "heads": 32, "head_dim": 128},
+            "compute",
+        ),
+        (
+            {
+                "op": "moe",
+                "tokens": 4,
+                "hidden": 4096,
+                "ffn": 14336,
+                "experts": 8,
+                "experts_per_token": 2,
+            },
+            "memory",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bounds_of_operators(op: dict[str, Any], bound: str) -> None:
     result = mw.predict({"cluster": {"gpu": "h100-sxm-80gb"}, "workload": {"kind": "op", **op}})
     assert result.metrics["bound"] == bound
 
 
 def test_moe_counts_its_products_and_touched_experts() -> None:
-    table = {"kind": "op", "op": "moe", "tokens": 4096, "hidden": 1024, "ffn": 512, "experts": 8,
-             "experts_per_token": 2}  # fmt: skip
+    table = {
+        "kind": "op",
+        "op": "moe",
+        "tokens": 4096,
+        "hidden": 1024,
+        "ffn": 512,
+        "experts": 8,
+        "experts_per_token": 2,
+    }
     raw = {"cluster": {"gpu": "h100-sxm-80gb"}, "workload": table}
     metrics = mw.predict(raw).metrics
     flops = 2 * 3 * 4096 * 2 * 1024 * 512
@@ -200,8 +250,10 @@ def test_moe_counts_its_products_and_touched_experts() -> None:
 
 
 def test_collective_ranks_are_checked_against_a_named_cluster() -> None:
-    raw = {"cluster": {"cluster": "dgx-h100"},
-           "workload": {"kind": "collective", "op": "all_reduce", "bytes": 1e6, "ranks": 16}}  # fmt: skip
+    raw = {
+        "cluster": {"cluster": "dgx-h100"},
+        "workload": {"kind": "collective", "op": "all_reduce", "bytes": 1e6, "ranks": 16},
+    }
     with pytest.raises(InputError, match="ranks"):
         mw.predict(raw)
     more = {**raw, "cluster": {"cluster": "dgx-h100", "nodes": 2}}
@@ -236,9 +288,12 @@ def test_runs_are_refused_before_anything_starts() -> None:
 
 @pytest.mark.distributed
 def test_validate_compares_a_real_run_with_its_prediction() -> None:
-    raw = scenario(cluster={"gpu": "this-cpu"}, parallel={"tp": 1},
-                   model={**MODEL, "weights_dtype": "fp32", "compute_dtype": "fp32"},
-                   run={"repeats": 2, "warmup": 1})  # fmt: skip
+    raw = scenario(
+        cluster={"gpu": "this-cpu"},
+        parallel={"tp": 1},
+        model={**MODEL, "weights_dtype": "fp32", "compute_dtype": "fp32"},
+        run={"repeats": 2, "warmup": 1},
+    )
     result = mw.validate(raw)
     metrics = result.metrics
     assert metrics["error"] == pytest.approx(
@@ -251,8 +306,11 @@ def test_validate_compares_a_real_run_with_its_prediction() -> None:
 
 @pytest.mark.distributed
 def test_one_rank_of_a_larger_plan_runs_alone() -> None:
-    raw = scenario(cluster={"gpu": "h100-sxm-80gb", "gpus_per_node": 4}, run={"repeats": 1},
-                   model={**MODEL, "weights_dtype": "fp32", "compute_dtype": "fp32"})  # fmt: skip
+    raw = scenario(
+        cluster={"gpu": "h100-sxm-80gb", "gpus_per_node": 4},
+        run={"repeats": 1},
+        model={**MODEL, "weights_dtype": "fp32", "compute_dtype": "fp32"},
+    )
     result = mw.run(raw, rank=3)
     assert [each["rank"] for each in result.metrics["ranks"]] == [3]
     assert any("alone" in text for text in result.assumptions)
@@ -260,8 +318,9 @@ def test_one_rank_of_a_larger_plan_runs_alone() -> None:
 
 def test_import_is_lazy_and_names_are_there() -> None:
     code = "import sys, meshwise; print('numpy' in sys.modules, 'pydantic' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", "False"]
     assert all(getattr(mw, name) is not None for name in mw.__all__)
     assert set(mw.__all__) <= set(dir(mw))

@@ -18,10 +18,22 @@ from simcore.errors import RunError
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 KEYS = {"scenario_hash", "metrics", "assumptions", "warnings", "provenance"}
-GEMM = {"cluster": {"gpu": "h100-sxm-80gb"},
-        "workload": {"kind": "op", "op": "gemm", "m": 64, "n": 64, "k": 64}}  # fmt: skip
-COMMANDS = ("predict", "simulate", "plan", "run", "validate", "calibrate", "models", "hardware",
-            "schema", "demo")  # fmt: skip
+GEMM = {
+    "cluster": {"gpu": "h100-sxm-80gb"},
+    "workload": {"kind": "op", "op": "gemm", "m": 64, "n": 64, "k": 64},
+}
+COMMANDS = (
+    "predict",
+    "simulate",
+    "plan",
+    "run",
+    "validate",
+    "calibrate",
+    "models",
+    "hardware",
+    "schema",
+    "demo",
+)
 Capture = pytest.CaptureFixture[str]
 
 
@@ -163,8 +175,14 @@ def test_a_closed_pipe_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
     for arguments in (["hardware"], ["models", "--json"], ["schema"]):
-        done = subprocess.run([sys.executable, "-m", "meshwise", *arguments], cwd=ROOT,
-                              stdout=write, stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "meshwise", *arguments],
+            cwd=ROOT,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0
         assert done.stderr == ""
     os.close(write)
@@ -188,9 +206,7 @@ def test_jsonl_keeps_order_and_goes_on_after_bad_lines(
     assert found[0]["metrics"]["seconds"] < found[3]["metrics"]["seconds"]
 
 
-def test_jsonl_survives_an_internal_error(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jsonl_survives_an_internal_error(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("x")
 
@@ -246,6 +262,7 @@ def test_schema_is_json(capsys: Capture) -> None:
 
 
 def test_results_do_not_change_from_run_to_run(capsys: Capture) -> None:
-    first, second = (call(capsys, "predict", str(EXAMPLES / "allreduce.toml"), "--json")[1]
-                     for _ in range(2))  # fmt: skip
+    first, second = (
+        call(capsys, "predict", str(EXAMPLES / "allreduce.toml"), "--json")[1] for _ in range(2)
+    )
     assert first == second

@@ -41,7 +41,9 @@ GPT2 = ModelSpec(
 )
 FALCON = replace(LLAMA, name="falcon-like", ffn_kind="mlp", activation="gelu", parallel_block=True,
                  norm="layernorm", norms_per_layer=2)
-MODELS = {model.name: model for model in (LLAMA, TIED, GPT2, FALCON)}
+GEMMA3 = replace(LLAMA, name="gemma3-like", activation="gelu_tanh", qk_norm=True,
+                 norms_per_layer=4)
+MODELS = {model.name: model for model in (LLAMA, TIED, GPT2, FALCON, GEMMA3)}
 TRAIN = TrainStep(global_batch=4, seq_len=8)
 
 
@@ -83,6 +85,9 @@ CASES = [
     case("pp-1f1b-uneven", pp=2, layers_per_stage=(1, 2), microbatch=2),
     case("pp-gpipe-full-recompute", pp=2, schedule="gpipe", recompute="full"),
     case("gpt2-dp", GPT2, dp_replicate=2),
+    case("gemma3-zero3", GEMMA3, dp_shard=2),
+    case("gemma3-tp", GEMMA3, tp=2),
+    case("gemma3-tp-sp", GEMMA3, tp=2, sequence_parallel=True, zero_stage=0),
     case("gpt2-zero3", GPT2, dp_shard=2),
     case("gpt2-tp", GPT2, tp=2),
     case("gpt2-tp-sp", GPT2, tp=2, sequence_parallel=True, microbatch=2),
@@ -116,7 +121,7 @@ BF16_CASES = [
 ]
 PROMPT = Generation(batch=4, input_tokens=5, output_tokens=6)
 GENERATIONS = [
-    case("generate-single"), case("generate-gpt2", GPT2), case("generate-dp", dp_replicate=2),
+    case("generate-single"), case("generate-gpt2", GPT2), case("generate-gemma3", GEMMA3), case("generate-dp", dp_replicate=2),
     case("generate-tp", tp=2), case("generate-pp", pp=2), case("generate-gpt2-tp", GPT2, tp=2),
     case("generate-tied-pp", TIED, pp=2), case("generate-tp-pp", tp=2, pp=2),
     case("generate-dp-tp", dp_shard=2, tp=2),

@@ -91,7 +91,12 @@ def test_train_metrics_are_complete_and_consistent() -> None:
     lowered = program(parallel, work)
     times = {0: RankTimes(1.0, 0.5, 0.5), 1: RankTimes(1.0, 0.0, 1.0)}
     found = metrics.train_metrics(
-        SMALL, parallel, work, lowered, Timeline(2.0, (), times), chip_peak_flops_per_s=1e12,
+        SMALL,
+        parallel,
+        work,
+        lowered,
+        Timeline(2.0, (), times),
+        chip_peak_flops_per_s=1e12,
         **LIMITS,
     )
     assert found["bubble_fraction"] == pytest.approx(0.375)
@@ -184,8 +189,11 @@ def test_collective_and_op_metrics() -> None:
     call = CollectiveCall("all_reduce", 8e6, 2)
     found = metrics.collective_metrics(call, 2.0, 4e6, "ring")
     assert found == {
-        "seconds": 2.0, "algorithm_bytes_per_s": 4e6, "bus_bytes_per_s": 4e6, "algorithm": "ring"
-    }  # fmt: skip
+        "seconds": 2.0,
+        "algorithm_bytes_per_s": 4e6,
+        "bus_bytes_per_s": 4e6,
+        "algorithm": "ring",
+    }
     assert metrics.collective_metrics(call, 0.0, 0.0, "ring")["algorithm_bytes_per_s"] == 0.0
     limits = {"compute": 1.0, "memory": 3.0, "latency": 2.0}
     found = metrics.op_metrics(4.0, 8.0, 16.0, limits)

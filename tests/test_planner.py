@@ -10,6 +10,7 @@ import pytest
 
 from hwmodels.catalogue import make_cluster
 from simcore.errors import InputError
+from simcore.metrics import Metrics
 from simcore.models import ModelSpec
 from simcore.strategy import ParallelStrategy
 from simcore.workloads import Generation, TrainStep
@@ -25,21 +26,33 @@ from solvers.search import (
 )
 
 SMALL = ModelSpec(
-    name="small", layers=6, hidden=512, heads=8, kv_heads=4, head_dim=64, ffn=1408, vocab=4096
+    name="small", layers=4, hidden=512, heads=8, kv_heads=4, head_dim=64, ffn=1408, vocab=4096
 )
 
 
 def question(world: int = 4, memory_bytes: float = 80e9, **changes: Any) -> Question:
     cluster = make_cluster("h100-sxm-80gb", min(world, 8), max(1, world // 8))
-    base = Question(SMALL, TrainStep(16, 512), cluster, None, memory_bytes, 0.0, 989.4e12)
+    base = Question(SMALL, TrainStep(8, 512), cluster, None, memory_bytes, 0.0, 989.4e12)
     return replace(base, **changes)
+
+
+PRICED: dict[str, list[tuple[Metrics, ParallelStrategy]]] = {}
+
+
+def exact(asked: Question) -> list[tuple[Metrics, ParallelStrategy]]:
+    """Return every strategy that can be laid out, exactly priced, once per question."""
+    key = repr(asked)
+    if key not in PRICED:
+        sound, _ = lattice(asked, asked.cluster.world)
+        PRICED[key] = [(price(asked, each), each) for each in sound]
+    return PRICED[key]
 
 
 def brute_force(asked: Question, metric: str = "step_s") -> list[tuple[float, ParallelStrategy]]:
     """Return every strategy that fits, exactly priced, best first."""
-    sound, _ = lattice(asked, asked.cluster.world)
-    priced = [(price(asked, each), each) for each in sound]
-    found = [(metrics[metric], each) for metrics, each in priced if metrics["fits"]]
+    priced = exact(replace(asked, memory_bytes=80e9, goal=None))
+    room = asked.memory_bytes
+    found = [(m[metric], each) for m, each in priced if m["peak_memory_bytes"] <= room]
     return sorted(found, key=lambda item: item[0])
 
 
@@ -47,20 +60,19 @@ def brute_force(asked: Question, metric: str = "step_s") -> list[tuple[float, Pa
 def test_the_ranking_is_brute_force_s(world: int) -> None:
     asked = question(world)
     plan = search(asked, top=5)
-    exact = [seconds for seconds, _ in brute_force(asked)[:5]]
-    assert [each.metrics["step_s"] for each in plan.candidates] == exact
+    best = [seconds for seconds, _ in brute_force(asked)[:5]]
+    assert [each.metrics["step_s"] for each in plan.candidates] == best
     assert plan.report.status == "optimal"
     assert plan.report.gap == 0.0
-    assert plan.report.objective == plan.report.bound == exact[0]
+    assert plan.report.objective == plan.report.bound == best[0]
 
 
 def test_the_ranking_is_brute_force_s_under_little_memory() -> None:
-    roomy = brute_force(question(4))
-    need = sorted(price(question(4), each)["peak_memory_bytes"] for _, each in roomy)
+    need = sorted(metrics["peak_memory_bytes"] for metrics, _ in exact(question(4)))
     asked = question(4, memory_bytes=need[len(need) // 4])
-    plan, exact = search(asked, top=3), brute_force(asked)
-    assert [each.metrics["step_s"] for each in plan.candidates] == [s for s, _ in exact[:3]]
-    assert len(exact) + sum(each.kind == "memory" for each in plan.infeasible) <= len(roomy)
+    plan, fitting = search(asked, top=3), brute_force(asked)
+    assert [each.metrics["step_s"] for each in plan.candidates] == [s for s, _ in fitting[:3]]
+    assert len(fitting) + sum(each.kind == "memory" for each in plan.infeasible) <= len(need)
     assert plan.reasons["memory"] > 0
 
 
@@ -77,21 +89,19 @@ def test_other_goals_price_everything(goal: tuple[str, str]) -> None:
     assert plan.report.priced == plan.report.strategies - plan.report.infeasible
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("chip", ["h100-sxm-80gb", "rtx-4090"])
 def test_bounds_are_below_exact_prices(world: int, chip: str) -> None:
     asked = question(world, cluster=make_cluster(chip, world))
     bounds = make_bounds(asked)
-    sound, _ = lattice(asked, world)
-    for parallel in sound[:: 1 if world < 8 else 7]:
-        metrics = price(asked, parallel)
+    for metrics, parallel in exact(asked):
         assert bounds.seconds(parallel) <= metrics["step_s"] * (1 + 1e-9), parallel
         assert bounds.memory_bytes(parallel) <= metrics["peak_memory_bytes"] * (1 + 1e-9), parallel
 
 
 def test_few_strategies_are_priced() -> None:
     plan = search(question(8), top=1)
-    assert plan.report.strategies > 200
+    assert plan.report.strategies > 150
     assert plan.report.priced < 20
 
 
@@ -129,19 +139,26 @@ def test_no_strategy_comes_twice() -> None:
     assert not any(each.tp == 1 and each.sequence_parallel for each in sound)
     assert out == []
     keys = [
-        (e.tp, e.pp, e.dp_replicate, e.dp_shard, e.zero, e.microbatch, e.schedule, e.recompute,
-         e.sequence_parallel)
+        (
+            e.tp,
+            e.pp,
+            e.dp_replicate,
+            e.dp_shard,
+            e.zero,
+            e.microbatch,
+            e.schedule,
+            e.recompute,
+            e.sequence_parallel,
+        )
         for e in sound
-    ]  # fmt: skip
+    ]
     assert len(set(keys)) == len(keys)
 
 
 def test_data_layouts_by_hand() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert data_layouts(1) == [(1, 1, None)]
-    assert data_layouts(4) == [
-        (4, 1, None), (4, 1, 1), (4, 1, 2), (2, 2, None), (1, 4, None)
-    ]  # fmt: skip
+    assert data_layouts(4) == [(4, 1, None), (4, 1, 1), (4, 1, 2), (2, 2, None), (1, 4, None)]
 
 
 def test_tp_crosses_nodes_only_in_need() -> None:
@@ -176,6 +193,8 @@ def test_progress_is_heard_and_top_is_checked() -> None:
 
 
 def test_a_model_that_cannot_be_lowered_is_refused_with_its_reason() -> None:
-    plan: Plan = search(question(2, model=replace(SMALL, qk_norm=True)))
+    plan: Plan = search(
+        question(2, model=replace(SMALL, experts=4, experts_per_token=2, moe_ffn=64))
+    )
     assert plan.candidates == ()
     assert set(plan.reasons) == {"not lowered"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -27,7 +28,7 @@ from simcore.estimate import estimate, representative
 from simcore.lower import check_generation, lower_pass, lower_training
 from simcore.measurement import Measurement
 from simcore.metrics import generation_seconds
-from simcore.ops import Op, work
+from simcore.ops import COMPUTE, Op, work
 from simcore.program import Program, coordinates, group_ranks
 from simcore.scenario import Scenario
 from simcore.strategy import ParallelStrategy, check_strategy
@@ -373,7 +374,30 @@ def measurement_of(case: Case, results: Sequence[RunResult]) -> Measurement:
 
 def typical(results: Sequence[RunResult], median_s: float) -> Timeline:
     """Return the timeline of the round closest to the median."""
-    return min(results, key=lambda result: abs(result.step_s - median_s)).timeline()
+    return met(min(results, key=lambda result: abs(result.step_s - median_s)).timeline())
+
+
+def met(line: Timeline) -> Timeline:
+    """Return a timeline whose communication begins when every rank has come to it.
+
+    A rank records when it posted a message or a collective; as in the simulator, waiting for the
+    others is idle time. Only where all followed ranks share every communication, as two do.
+    """
+    ranks = {span.rank for span in line.spans}
+    places: dict[tuple[str, int], list[int]] = {}
+    counts: Counter[tuple[int, str]] = Counter()
+    for place, span in enumerate(line.spans):
+        if span.stream != COMPUTE:
+            channel = span.stream.removeprefix("send_").removeprefix("recv_")
+            places.setdefault((channel, counts[span.rank, channel]), []).append(place)
+            counts[span.rank, channel] += 1
+    spans = list(line.spans)
+    for same in places.values():
+        if len(same) == len(ranks) == 2:
+            start = max(spans[place].start_s for place in same)
+            for place in same:
+                spans[place] = spans[place]._replace(start_s=min(start, spans[place].end_s))
+    return timeline(spans, line.step_s)
 
 
 # ---------------------------------------------------------------- comparison
