@@ -401,7 +401,7 @@ def _main(arguments: list[str]) -> int:
             raise leave.__context__ from None
         return leave.code if isinstance(leave.code, int) else 1
     except UsageFault as error:
-        said = getattr(error, "format_message", lambda: str(error))()
+        said = error.format_message() if hasattr(error, "format_message") else str(error)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(said, file=sys.stderr)
             return 2

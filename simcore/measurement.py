@@ -29,9 +29,9 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """Range of the middle half of the samples over their median; 0 for fewer than four."""
+        """Range of the middle half of the samples over their median; of all, if there are few."""
         if len(self.samples_s) < 4:
-            return 0.0
+            return (max(self.samples_s) - min(self.samples_s)) / self.median_s
         low, _, high = statistics.quantiles(self.samples_s, n=4)
         return (high - low) / self.median_s
 

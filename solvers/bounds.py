@@ -26,6 +26,7 @@ from simcore.workloads import TrainStep
 
 Streams = dict[str, float]  # seconds that pass on each stream
 THREADS = (COMPUTE, HOST)
+COMPUTING = (".F", ".B")  # ends of the blocks that data parallelism leaves as they are
 CostOf = Callable[[ParallelStrategy], ClusterCost]
 
 
@@ -63,6 +64,19 @@ class Units:
     resident_bytes: Mapping[str, float]
     saved_bytes: Mapping[str, float]
     boundary_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """The part of `Units` that depends on data parallelism."""
+
+    blocks: Mapping[str, Streams]
+    resident_bytes: Mapping[str, float]
+
+
+def lay_block(bench: Workbench, name: str) -> Streams:
+    """Return the seconds that pass on each stream while a block runs."""
+    return passing(bench.lay(bench.steps([Call(name, 0)]), (), ()))
 
 
 def passing(template: Template) -> Streams:
@@ -225,6 +239,8 @@ class TrainBounds:
     workload: TrainStep
     cost_of: CostOf
     units: dict[ParallelStrategy, Units] = field(default_factory=dict)
+    computing: dict[ParallelStrategy, Units] = field(default_factory=dict)
+    sharding: dict[ParallelStrategy, Sharded] = field(default_factory=dict)
     stages: dict[tuple[ParallelStrategy, int, tuple[bool, bool]], Stage] = field(
         default_factory=dict
     )
@@ -234,24 +250,48 @@ class TrainBounds:
         """Return the units of a strategy, whatever its pipeline, schedule and recomputation."""
         key = replace(parallel, pp=1, schedule="1f1b", recompute="none", layers_per_stage=())
         if key not in self.units:
-            self.units[key] = self._price(key)
+            self.units[key] = self._unit(key)
         return self.units[key]
 
-    def _price(self, parallel: ParallelStrategy) -> Units:
+    def _unit(self, key: ParallelStrategy) -> Units:
+        """Return compute as without data parallelism, sharding as of the smallest microbatch."""
+        alone = replace(key, dp_replicate=1, dp_shard=1, zero_stage=None)
+        if alone not in self.computing:
+            self.computing[alone] = self._compute(alone)
+        even = self.workload.seq_len % key.tp == 0
+        sharded = replace(key, microbatch=1) if even else key
+        if sharded not in self.sharding:
+            self.sharding[sharded] = self._shard(sharded)
+        computing, sharding = self.computing[alone], self.sharding[sharded]
+        return replace(
+            computing,
+            blocks={**computing.blocks, **sharding.blocks},
+            resident_bytes=sharding.resident_bytes,
+        )
+
+    def _bench(self, parallel: ParallelStrategy) -> tuple[Program, Workbench]:
+        """Return one layer with its embedding and head, and a bench to lay their blocks on."""
         model = replace(self.model, layers=1, mixers=self.model.mixers[:1])
         work = replace(self.workload, global_batch=parallel.dp * parallel.microbatch)
         program = lower_training(model, parallel, work)
-        bench = Workbench(program, self.cost_of(parallel))
-        blocks = {
-            name: passing(bench.lay(bench.steps([Call(name, 0)]), (), ()))
-            for name in program.blocks
-        }
+        return program, Workbench(program, self.cost_of(parallel))
+
+    def _compute(self, parallel: ParallelStrategy) -> Units:
+        program, bench = self._bench(parallel)
         return Units(
-            blocks,
+            {name: lay_block(bench, name) for name in program.blocks if name.endswith(COMPUTING)},
             gradient_delays(bench, program),
-            {unit: resident_bytes(program, unit) for unit in UNITS},
+            {},
             {unit: saved_bytes(program, unit) for unit in UNITS},
             float(program.buffers["h"].size_bytes),
+        )
+
+    def _shard(self, parallel: ParallelStrategy) -> Sharded:
+        program, bench = self._bench(parallel)
+        names = [name for name in program.blocks if not name.endswith(COMPUTING)]
+        return Sharded(
+            {name: lay_block(bench, name) for name in names},
+            {unit: resident_bytes(program, unit) for unit in UNITS},
         )
 
     def memory_bytes(self, parallel: ParallelStrategy) -> float:

@@ -154,8 +154,11 @@ class Comparison:
             "metrics": self.metrics(),
             "assumptions": list(self.assumptions),
             "fingerprint": dict(self.fingerprint),
-            "profile": {"name": self.profile.name, "peaks": dict(self.profile.peaks),
-                        **self.profile.provenance},
+            "profile": {
+                "name": self.profile.name,
+                "peaks": dict(self.profile.peaks),
+                **self.profile.provenance,
+            },
         }
 
 
@@ -202,8 +205,9 @@ def cluster_of(scenario: Scenario) -> Cluster:
     table = scenario.cluster
     if table.cluster is not None:
         return load_cluster(table.cluster, table.nodes or 1)
-    return make_cluster(table.gpu or "", table.gpus_per_node or 1, table.nodes or 1,
-                        table.scale_up, table.scale_out)
+    return make_cluster(
+        table.gpu or "", table.gpus_per_node or 1, table.nodes or 1, table.scale_up, table.scale_out
+    )
 
 
 def lower_case(scenario: Scenario) -> Lowered:
@@ -222,8 +226,10 @@ def lower_case(scenario: Scenario) -> Lowered:
     programs = tuple(
         lower_pass(model, parallel, step.batch, each.new_rows, each.cached_rows) for each in steps
     )
-    decode = programs[-1] if len(programs) > 1 else lower_pass(
-        model, parallel, step.batch, 1, step.input_tokens
+    decode = (
+        programs[-1]
+        if len(programs) > 1
+        else lower_pass(model, parallel, step.batch, 1, step.input_tokens)
     )
     job = GenerationJob(programs[0], decode, step, method)
     return Lowered(job, programs, parallel, step, cluster)
@@ -238,16 +244,18 @@ def predicted_seconds(scenario: Scenario, lowered: Lowered, profile: Profile) ->
     if isinstance(lowered.job, Program):
         return estimate(lowered.job, cost, cost).step_s
     assert isinstance(lowered.work, Generation)
-    times = generation_seconds(scenario.model_spec(), lowered.parallel, lowered.work,
-                               lowered.job.method, cost, cost)
+    times = generation_seconds(
+        scenario.model_spec(), lowered.parallel, lowered.work, lowered.job.method, cost, cost
+    )
     return sum(times.seconds)
 
 
 def predicted_timeline(lowered: Lowered, profile: Profile) -> Timeline:
     """Return the simulated timeline of every rank, op by op; passes follow one another."""
     cost = lowered.cost(profile)
-    runs = [simulate(program, cost, cost, detail=True, every_rank=True)
-            for program in lowered.programs]
+    runs = [
+        simulate(program, cost, cost, detail=True, every_rank=True) for program in lowered.programs
+    ]
     return joined(runs)
 
 
@@ -256,8 +264,10 @@ def joined(runs: Sequence[Timeline]) -> Timeline:
     spans: list[Span] = []
     clock = 0.0
     for run in runs:
-        spans += [span._replace(start_s=span.start_s + clock, end_s=span.end_s + clock)
-                  for span in run.spans]
+        spans += [
+            span._replace(start_s=span.start_s + clock, end_s=span.end_s + clock)
+            for span in run.spans
+        ]
         clock += run.step_s
     return timeline(spans, clock)
 
@@ -313,8 +323,11 @@ def baseline_seconds(lowered: Lowered, profile: Profile) -> float:
 
 def strategy_text(parallel: ParallelStrategy, kind: str) -> str:
     """Return a strategy in a few words."""
-    words = [f"{axis} {getattr(parallel, axis)}"
-             for axis in ("dp_replicate", "dp_shard", "tp", "pp") if getattr(parallel, axis) > 1]
+    words = [
+        f"{axis} {getattr(parallel, axis)}"
+        for axis in ("dp_replicate", "dp_shard", "tp", "pp")
+        if getattr(parallel, axis) > 1
+    ]
     if kind == "generate":
         return ", ".join(words) or "one rank"
     if parallel.dp > 1:
@@ -340,8 +353,13 @@ def rounds_of(repeats: int) -> tuple[int, int]:
 def options_of(scenario: Scenario, repeats: int) -> RunOptions:
     """Return how a round of a case is run."""
     table = scenario.run
-    return RunOptions(seed=table.seed, repeats=repeats, warmup=table.warmup, record_spans=True,
-                      timeout_s=table.timeout_s)
+    return RunOptions(
+        seed=table.seed,
+        repeats=repeats,
+        warmup=table.warmup,
+        record_spans=True,
+        timeout_s=table.timeout_s,
+    )
 
 
 def run_cases(
@@ -349,10 +367,16 @@ def run_cases(
 ) -> list[list[RunResult]]:
     """Return every case's rounds, from one launch in which the rounds of all cases take turns."""
     plans = [rounds_of(case.scenario.run.repeats) for case in cases]
-    turns = [(number, index) for number in range(max(rounds for rounds, _ in plans))
-             for index, (rounds, _) in enumerate(plans) if number < rounds]
-    jobs = [Job(lowered[index].job, options_of(cases[index].scenario, plans[index][1]))
-            for _, index in turns]
+    turns = [
+        (number, index)
+        for number in range(max(rounds for rounds, _ in plans))
+        for index, (rounds, _) in enumerate(plans)
+        if number < rounds
+    ]
+    jobs = [
+        Job(lowered[index].job, options_of(cases[index].scenario, plans[index][1]))
+        for _, index in turns
+    ]
 
     def heard(done: int) -> None:
         if say is not None:
@@ -368,8 +392,9 @@ def measurement_of(case: Case, results: Sequence[RunResult]) -> Measurement:
     """Return the samples of a case over its rounds."""
     samples = tuple(seconds for result in results for seconds in result.seconds)
     shape = {"model": case.model, "batch": batch_text(case.scenario)}
-    return Measurement(case.name, shape, samples, results[0].ranks[0].fingerprint,
-                       "meshwise validate")
+    return Measurement(
+        case.name, shape, samples, results[0].ranks[0].fingerprint, "meshwise validate"
+    )
 
 
 def typical(results: Sequence[RunResult], median_s: float) -> Timeline:
@@ -381,23 +406,31 @@ def met(line: Timeline) -> Timeline:
     """Return a timeline whose communication begins when every rank has come to it.
 
     A rank records when it posted a message or a collective; as in the simulator, waiting for the
-    others is idle time. Only where all followed ranks share every communication, as two do.
+    others is idle time. A message ends when its receiver has it. Only where all followed ranks
+    share every communication, as two do.
     """
-    ranks = {span.rank for span in line.spans}
+    spans = list(line.spans)
+    if len({span.rank for span in spans}) != 2:
+        return line
+    for places in shared_communication(spans):
+        start = max(spans[place].start_s for place in places)
+        ends = [spans[p].end_s for p in places if not spans[p].stream.startswith("send_")]
+        for place in places:
+            end = min([spans[place].end_s, *ends])
+            spans[place] = spans[place]._replace(start_s=min(start, end), end_s=end)
+    return timeline(spans, line.step_s)
+
+
+def shared_communication(spans: Sequence[Span]) -> list[list[int]]:
+    """Return the places of the spans that are one communication, seen from its two ranks."""
     places: dict[tuple[str, int], list[int]] = {}
     counts: Counter[tuple[int, str]] = Counter()
-    for place, span in enumerate(line.spans):
+    for place, span in enumerate(spans):
         if span.stream != COMPUTE:
             channel = span.stream.removeprefix("send_").removeprefix("recv_")
             places.setdefault((channel, counts[span.rank, channel]), []).append(place)
             counts[span.rank, channel] += 1
-    spans = list(line.spans)
-    for same in places.values():
-        if len(same) == len(ranks) == 2:
-            start = max(spans[place].start_s for place in same)
-            for place in same:
-                spans[place] = spans[place]._replace(start_s=min(start, spans[place].end_s))
-    return timeline(spans, line.step_s)
+    return [same for same in places.values() if len(same) == 2]
 
 
 # ---------------------------------------------------------------- comparison
@@ -410,10 +443,16 @@ def compare_case(
     measured = measurement_of(case, results)
     kind = case.scenario.workload.kind
     return Compared(
-        case.name, case.model, case.group, strategy_text(lowered.parallel, kind),
+        case.name,
+        case.model,
+        case.group,
+        strategy_text(lowered.parallel, kind),
         "step_s" if kind == "train" else "seconds",
-        predicted_seconds(case.scenario, lowered, profile), baseline_seconds(lowered, profile),
-        measured, bound_seconds(lowered, profile), predicted_timeline(lowered, profile),
+        predicted_seconds(case.scenario, lowered, profile),
+        baseline_seconds(lowered, profile),
+        measured,
+        bound_seconds(lowered, profile),
+        predicted_timeline(lowered, profile),
         typical(results, measured.median_s),
     )
 
@@ -460,8 +499,9 @@ def _lowered(case: Case) -> Lowered:
     except InputError as error:
         raise InputError(f"case {case.name!r}: {error}") from None
     if found.cluster.chip.name != "this-cpu":
-        raise InputError(f'case {case.name!r}: a grid runs on this machine: set [cluster].gpu = '
-                         '"this-cpu".')
+        raise InputError(
+            f'case {case.name!r}: a grid runs on this machine: set [cluster].gpu = "this-cpu".'
+        )
     return found
 
 

@@ -31,8 +31,15 @@ COLOURS = {
 BOUND_COLOURS = {"compute": "#0072B2", "memory": "#009E73", "communication": "#E69F00"}
 ERROR_COLOURS = ((0.15, "#009E73"), (0.40, "#E69F00"), (float("inf"), "#D55E00"))
 BAND = 0.15
-KINDS = {"F": "forward", "B": "backward", "BR": "backward", "I": "backward", "W": "backward",
-         "O": "optimizer", "TIE": "communication"}
+KINDS = {
+    "F": "forward",
+    "B": "backward",
+    "BR": "backward",
+    "I": "backward",
+    "W": "backward",
+    "O": "optimizer",
+    "TIE": "communication",
+}
 ACTION = re.compile(r"(\d+)([A-Z_]+)(\d+)$")
 GREY = "#666666"
 DPI = 144
@@ -78,14 +85,21 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _lanes(axes: Axes, found: Mapping[tuple[int, str], Boxes], scale: float) -> None:
-    """Draw a wide lane of compute and a thin one of communication for every rank."""
+def _lanes(axes: Axes, found: Mapping[tuple[int, str], Boxes], thin_s: float) -> None:
+    """Draw a wide lane of compute and a thin one of communication for every rank.
+
+    Boxes are at least ``thin_s`` wide, so that short messages can be seen.
+    """
     ranks = sorted({rank for rank, _ in found})
     for (rank, what), drawn in found.items():
         place = ranks.index(rank)
         low, high = (0.30, 0.18) if what == "communication" else (-0.42, 0.66)
-        axes.broken_barh([(start * scale, width * scale) for start, width in drawn],
-                         (place + low, high), color=COLOURS[what], linewidth=0)
+        axes.broken_barh(
+            [(start * 1e3, max(width, thin_s) * 1e3) for start, width in drawn],
+            (place + low, high),
+            color=COLOURS[what],
+            linewidth=0,
+        )
     axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
     axes.set_ylim(len(ranks) - 0.42, -0.52)
     axes.tick_params(axis="y", length=0)
@@ -95,8 +109,13 @@ def _lanes(axes: Axes, found: Mapping[tuple[int, str], Boxes], scale: float) -> 
 def _legend(figure: Figure, used: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    figure.legend(handles=[Patch(color=COLOURS[name], label=name) for name in used],
-                  loc="outside lower center", ncols=len(used), frameon=False, fontsize=9)
+    figure.legend(
+        handles=[Patch(color=COLOURS[name], label=name) for name in used],
+        loc="outside lower center",
+        ncols=len(used),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def timeline_figure(predicted: Timeline, measured: Timeline, title: str = "") -> Figure:
@@ -105,9 +124,10 @@ def timeline_figure(predicted: Timeline, measured: Timeline, title: str = "") ->
     ranks = len({span.rank for span in (*predicted.spans, *measured.spans)})
     figure, axes = _new(1.5 + 0.62 * ranks, 2)
     drawn = [boxes(line.spans, end / 2000) for line in (predicted, measured)]
-    for area, lane, line, name in zip(axes, drawn, (predicted, measured),
-                                      ("predicted", "measured"), strict=True):
-        _lanes(area, lane, 1e3)
+    for area, lane, line, name in zip(
+        axes, drawn, (predicted, measured), ("predicted", "measured"), strict=True
+    ):
+        _lanes(area, lane, end / 600)
         area.axvline(line.step_s * 1e3, color=GREY, linewidth=1, linestyle=":")
         area.set_title(f"{name}: {line.step_s * 1e3:.4g} ms", loc="left", fontsize=10)
         area.set_xlim(0, end * 1e3 * 1.01)
@@ -133,18 +153,33 @@ def schedule_figure(line: Timeline, title: str = "") -> Figure:
         match = ACTION.match(action)
         assert match is not None
         what, place = KINDS.get(match[2], "forward"), ranks.index(rank)
-        axes.broken_barh([(start * 1e3, (end - start) * 1e3)], (place - 0.4, 0.8),
-                         facecolor=COLOURS[what], edgecolor="white", linewidth=0.8)
+        axes.broken_barh(
+            [(start * 1e3, (end - start) * 1e3)],
+            (place - 0.4, 0.8),
+            facecolor=COLOURS[what],
+            edgecolor="white",
+            linewidth=0.8,
+        )
         if what in ("forward", "backward") and end - start > line.step_s / 60:
-            axes.text((start + end) * 500, place, match[3], ha="center", va="center", fontsize=8,
-                      color="white" if what == "backward" else "black")
+            axes.text(
+                (start + end) * 500,
+                place,
+                match[3],
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if what == "backward" else "black",
+            )
     axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
     axes.set_ylim(len(ranks) - 0.5, -0.5)
     axes.set_xlim(0, line.step_s * 1e3 * 1.01)
     axes.set_xlabel("milliseconds since the start", fontsize=9)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(title or f"step {line.step_s * 1e3:.4g} ms, idle {line.bubble_fraction:.1%}",
-                   loc="left", fontsize=10)
+    axes.set_title(
+        title or f"step {line.step_s * 1e3:.4g} ms, idle {line.bubble_fraction:.1%}",
+        loc="left",
+        fontsize=10,
+    )
     _plain(axes)
     used = {KINDS.get(ACTION.match(a)[2], "forward") for _, a in found}  # type: ignore[index]
     _legend(figure, [name for name in COLOURS if name in used])
@@ -161,23 +196,48 @@ def scatter_figure(comparison: Comparison) -> Figure:
     values = [v for c in cases for v in (c.measured_s, c.predicted_s)]
     low, high = min(values) * 0.75e3, max(values) * 1.33e3
     axes.plot((low, high), (low, high), color=GREY, linewidth=1)
-    axes.fill_between((low, high), (low * (1 - BAND), high * (1 - BAND)),
-                      (low * (1 + BAND), high * (1 + BAND)), color=GREY, alpha=0.15, linewidth=0,
-                      label=f"within {BAND:.0%}")
-    axes.plot([c.measured_s * 1e3 for c in cases], [c.baseline_s * 1e3 for c in cases], "x",
-              color="#999999", markersize=5, label="baseline: FLOPs over peak", zorder=1)
+    axes.fill_between(
+        (low, high),
+        (low * (1 - BAND), high * (1 - BAND)),
+        (low * (1 + BAND), high * (1 + BAND)),
+        color=GREY,
+        alpha=0.15,
+        linewidth=0,
+        label=f"within {BAND:.0%}",
+    )
+    axes.plot(
+        [c.measured_s * 1e3 for c in cases],
+        [c.baseline_s * 1e3 for c in cases],
+        "x",
+        color="#999999",
+        markersize=5,
+        label="baseline: FLOPs over peak",
+        zorder=1,
+    )
     for bound, colour in BOUND_COLOURS.items():
         chosen = [c for c in cases if c.bound == bound]
         if chosen:
-            axes.plot([c.measured_s * 1e3 for c in chosen], [c.predicted_s * 1e3 for c in chosen],
-                      "o", color=colour, markeredgecolor="white", markersize=7,
-                      label=f"bound by {bound}", zorder=2)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="measured, ms",
-             ylabel="predicted, ms")
+            axes.plot(
+                [c.measured_s * 1e3 for c in chosen],
+                [c.predicted_s * 1e3 for c in chosen],
+                "o",
+                color=colour,
+                markeredgecolor="white",
+                markersize=7,
+                label=f"bound by {bound}",
+                zorder=2,
+            )
+    axes.set(
+        xscale="log", yscale="log", xlim=(low, high), xlabel="measured, ms", ylabel="predicted, ms"
+    )
     _round_ticks(axes)
     summary = comparison.summary()
-    axes.set_title(f"{comparison.title}: median error {summary['median_abs_error']:.1%}, worst "
-                   f"{summary['max_abs_error']:.0%}", loc="left", fontsize=10)
+    axes.set_title(
+        f"{comparison.title}: median error {summary['median_abs_error']:.1%}, worst "
+        f"{summary['max_abs_error']:.0%}",
+        loc="left",
+        fontsize=10,
+    )
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     _plain(axes)
     return figure
@@ -203,10 +263,20 @@ def error_bars(comparison: Comparison) -> Figure:
     figure, (axes,) = _new(1.2 + 0.22 * len(cases))
     places = range(len(cases))
     axes.axvspan(-100 * BAND, 100 * BAND, color=GREY, alpha=0.12, linewidth=0)
-    axes.barh(places, [100 * c.error for c in cases], height=0.7,
-              color=[error_colour(c.error) for c in cases])
-    axes.plot([100 * c.baseline_error for c in cases], list(places), "|", color="#333333",
-              markersize=9, label="baseline: FLOPs over peak")
+    axes.barh(
+        places,
+        [100 * c.error for c in cases],
+        height=0.7,
+        color=[error_colour(c.error) for c in cases],
+    )
+    axes.plot(
+        [100 * c.baseline_error for c in cases],
+        list(places),
+        "|",
+        color="#333333",
+        markersize=9,
+        label="baseline: FLOPs over peak",
+    )
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(list(places), [c.name for c in cases])
     axes.set_ylim(len(cases) - 0.4, -0.6)
@@ -224,10 +294,20 @@ def ranking_figure(cases: Sequence[Compared], title: str = "") -> Figure:
     figure, (axes,) = _new(1.2 + 0.45 * len(ordered))
     for place, case in enumerate(ordered):
         first = not place
-        axes.barh(place - 0.2, case.predicted_s * 1e3, 0.36, color=COLOURS["forward"],
-                  label="predicted" if first else None)
-        axes.barh(place + 0.2, case.measured_s * 1e3, 0.36, color=COLOURS["backward"],
-                  label="measured" if first else None)
+        axes.barh(
+            place - 0.2,
+            case.predicted_s * 1e3,
+            0.36,
+            color=COLOURS["forward"],
+            label="predicted" if first else None,
+        )
+        axes.barh(
+            place + 0.2,
+            case.measured_s * 1e3,
+            0.36,
+            color=COLOURS["backward"],
+            label="measured" if first else None,
+        )
     axes.set_yticks(range(len(ordered)), [case.name for case in ordered])
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     axes.set_xlabel("milliseconds", fontsize=9)
