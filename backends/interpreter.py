@@ -103,8 +103,13 @@ class Interpreter:
         mesh = self.program.mesh
         self.clock = clock_of(self.device)
         self.where = coordinates(mesh, self.rank)
-        self.context = Context(self.index, lambda axis: axis_degree(mesh, axis), self.device,
-                               self.fused, dtype=self.dtype)
+        self.context = Context(
+            self.index,
+            lambda axis: axis_degree(mesh, axis),
+            self.device,
+            self.fused,
+            dtype=self.dtype,
+        )
         self.dying = drops(self.program, self.where["pp"])
 
     def index(self, group: str) -> int:
@@ -276,8 +281,11 @@ class Interpreter:
 
     def _empty(self, name: str) -> Tensor:
         buffer = self.program.buffer(name)
-        return torch.empty([int(dim) for dim in buffer.dims], device=self.device,
-                           dtype=self.torch_dtype(buffer.dtype))
+        return torch.empty(
+            [int(dim) for dim in buffer.dims],
+            device=self.device,
+            dtype=self.torch_dtype(buffer.dtype),
+        )
 
     def _communicate(self, op: Op, layer: int, microbatch: int, action: Action) -> None:
         reads = self._inputs(op, layer, microbatch)

@@ -168,9 +168,7 @@ def run_generation(job: GenerationJob, options: RunOptions = RunOptions()) -> Ru
     return run_many([Job(job, options)])[0]
 
 
-def run_many(
-    jobs: Sequence[Job], progress: Callable[[int], None] | None = None
-) -> list[RunResult]:
+def run_many(jobs: Sequence[Job], progress: Callable[[int], None] | None = None) -> list[RunResult]:
     """Run jobs of one world size in one launch; ``progress`` hears how many are done.
 
     Raises `RunError` where a rank dies or a job outlasts its ``timeout_s``: then nothing is left
@@ -226,8 +224,20 @@ def command(folder: Path, world: int) -> list[str]:
     worker = ["-m", "backends.worker", *files, "--launched"]
     if world == 1:
         return [sys.executable, *worker]
-    launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world),
-                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        str(world),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "--max-restarts",
+        "0",
+    ]
     return [sys.executable, *launcher, *worker]
 
 
@@ -241,8 +251,11 @@ class _Launch:
         """Return when all results are written. Raises `RunError` otherwise."""
         with (self.folder / "launcher.stderr").open("w") as errors:
             process = subprocess.Popen(
-                command(self.folder, self.world), env=environment(self.options[0].threads),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                command(self.folder, self.world),
+                env=environment(self.options[0].threads),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
                 start_new_session=True,
             )
             try:
@@ -368,8 +381,9 @@ def _number(text: str, label: str) -> int | None:
 
 def _communicating(lines: Sequence[str]) -> bool:
     """Whether a stack, innermost call first, waits for other ranks."""
-    return any("distributed_c10d" in line or "in wait" in line or "in _wait" in line
-               for line in lines[:6])
+    return any(
+        "distributed_c10d" in line or "in wait" in line or "in _wait" in line for line in lines[:6]
+    )
 
 
 def _innermost(lines: Sequence[str]) -> str:
@@ -382,9 +396,10 @@ def _innermost(lines: Sequence[str]) -> str:
 
 
 def _read(folder: Path, number: int, job: Job) -> RunResult:
-    return RunResult(job.mesh, tuple(
-        _read_rank(folder / f"job{number}.rank{rank}") for rank in range(job.processes)
-    ))
+    return RunResult(
+        job.mesh,
+        tuple(_read_rank(folder / f"job{number}.rank{rank}") for rank in range(job.processes)),
+    )
 
 
 def _read_rank(stem: Path) -> RankResult:
@@ -393,10 +408,16 @@ def _read_rank(stem: Path) -> RankResult:
     dumped = dict(np.load(arrays)) if arrays.exists() else {}
     rank = record["rank"]
     return RankResult(
-        rank, tuple(record["seconds"]),
+        rank,
+        tuple(record["seconds"]),
         {(kind, group): size for kind, group, size in record["payload_bytes"]},
-        record["fingerprint"], record.get("flops"), record.get("peak_live_bytes"),
-        record.get("peak_allocated_bytes"), tuple(record.get("losses", ())),
-        tuple(map(tuple, record.get("tokens", ()))), tuple(record.get("pass_seconds", ())),
-        tuple(Span(rank, *span) for span in record["spans"]), dumped,
+        record["fingerprint"],
+        record.get("flops"),
+        record.get("peak_live_bytes"),
+        record.get("peak_allocated_bytes"),
+        tuple(record.get("losses", ())),
+        tuple(map(tuple, record.get("tokens", ()))),
+        tuple(record.get("pass_seconds", ())),
+        tuple(Span(rank, *span) for span in record["spans"]),
+        dumped,
     )

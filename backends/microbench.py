@@ -1,8 +1,9 @@
 """Microbenchmarks of one machine: op kinds, collectives, messages and their overlap.
 
 A job of `backends.worker`. All ranks measure at the same time, so that what they share (memory,
-caches, links) is shared as in a real run. Ops run through the interpreter, so their times contain its overhead. Inputs that a step
-finds cold (weights, gradients, optimizer states) rotate through copies larger than the caches.
+caches, links) is shared as in a real run. Ops run through the interpreter, so their times contain
+its overhead. Inputs that a step finds cold (weights, gradients, optimizer states) rotate through
+copies larger than the caches.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from backends.interpreter import Interpreter
-from backends.transport import Distributed, Local, Transport
+from backends.transport import Distributed, Handle, Local, Transport
 from simcore.ops import Buffer, Op
 from simcore.program import Action, Block, Call, Program
 
@@ -43,9 +45,15 @@ class Case:
 
 
 def _case(
-    kind: str, dims: dict[str, Any], reads: dict[str, tuple[Any, ...]], writes: tuple[str, ...],
-    *, cold: tuple[str, ...] = (), attrs: dict[str, Any] | None = None,
-    inplace: dict[str, tuple[int, ...]] | None = None, dtypes: dict[str, str] | None = None,
+    kind: str,
+    dims: dict[str, Any],
+    reads: dict[str, tuple[Any, ...]],
+    writes: tuple[str, ...],
+    *,
+    cold: tuple[str, ...] = (),
+    attrs: dict[str, Any] | None = None,
+    inplace: dict[str, tuple[int, ...]] | None = None,
+    dtypes: dict[str, str] | None = None,
     cached: int = 0,
 ) -> Case:
     buffers = {
@@ -60,23 +68,51 @@ def _case(
 
 def matmul_cases() -> Iterator[Case]:
     """Products of a layer, of a head and of decoding, in the three layouts of training."""
-    shapes = [(128, 128), (384, 128), (256, 704), (1408, 256), (512, 512), (1536, 512),
-              (512, 1408), (2816, 512), (4096, 256), (1024, 1024), (8192, 512)]
+    shapes = [
+        (128, 128),
+        (384, 128),
+        (256, 704),
+        (1408, 256),
+        (512, 512),
+        (1536, 512),
+        (512, 1408),
+        (2816, 512),
+        (4096, 256),
+        (1024, 1024),
+        (8192, 512),
+    ]
     for tokens in (1, 4, 16, 64, 256, 1024):
         for number, (n, k) in enumerate(shapes):
             if (number + tokens) % 2 or tokens * n * k > 1.5e9:
                 continue
             attrs = {"weight_dtype": "fp32"}
-            yield _case("matmul", {"m": tokens, "n": n, "k": k}, {"x": (tokens, k), "w": (n, k)},
-                        ("y",), cold=("w",), attrs={"layout": "nt", **attrs})
+            yield _case(
+                "matmul",
+                {"m": tokens, "n": n, "k": k},
+                {"x": (tokens, k), "w": (n, k)},
+                ("y",),
+                cold=("w",),
+                attrs={"layout": "nt", **attrs},
+            )
             if tokens < 16:
                 continue
-            yield _case("matmul", {"m": tokens, "n": k, "k": n}, {"y": (tokens, n), "w": (n, k)},
-                        ("x",), cold=("w",), attrs={"layout": "nn", **attrs})
-            yield _case("matmul", {"m": n, "n": k, "k": tokens},
-                        {"y": (tokens, n), "x": (tokens, k)}, ("g",), cold=("g",),
-                        inplace={"g": (n, k)},
-                        attrs={"layout": "tn", "accumulate": True, "out_dtype": "fp32"})
+            yield _case(
+                "matmul",
+                {"m": tokens, "n": k, "k": n},
+                {"y": (tokens, n), "w": (n, k)},
+                ("x",),
+                cold=("w",),
+                attrs={"layout": "nn", **attrs},
+            )
+            yield _case(
+                "matmul",
+                {"m": n, "n": k, "k": tokens},
+                {"y": (tokens, n), "x": (tokens, k)},
+                ("g",),
+                cold=("g",),
+                inplace={"g": (n, k)},
+                attrs={"layout": "tn", "accumulate": True, "out_dtype": "fp32"},
+            )
 
 
 SIZES = (512, 16384, 131072, 524288, 2097152, 6291456)
@@ -92,11 +128,17 @@ def elementwise_cases() -> Iterator[Case]:
         x, row = (t, n), (n,)
         one = {"x": x}
         yield _case("rmsnorm", dims, {"x": x, "w": row}, ("y",))
-        yield _case("rmsnorm_backward", dims, {"d": x, "x": x, "w": row}, ("y", "g"),
-                    inplace={"g": row})
+        yield _case(
+            "rmsnorm_backward", dims, {"d": x, "x": x, "w": row}, ("y", "g"), inplace={"g": row}
+        )
         yield _case("layernorm", dims, {"x": x, "w": row, "b": row}, ("y",))
-        yield _case("layernorm_backward", dims, {"d": x, "x": x, "w": row}, ("y", "g", "h"),
-                    inplace={"g": row, "h": row})
+        yield _case(
+            "layernorm_backward",
+            dims,
+            {"d": x, "x": x, "w": row},
+            ("y", "g", "h"),
+            inplace={"g": row, "h": row},
+        )
         for kind in ("gelu", "relu"):
             yield _case(kind, dims, one, ("y",))
             yield _case(f"{kind}_backward", dims, {"d": x, "x": x}, ("y",))
@@ -109,9 +151,14 @@ def elementwise_cases() -> Iterator[Case]:
         yield _case("alias", dims, one, ("y",))
         yield from _head_cases(t, n)
         yield from _vocabulary_cases(size)
-        yield _case("adam", {"n": size}, dict.fromkeys(("g", "w", "m", "v"), (size,)),
-                    ("w", "m", "v"), cold=("g", "w", "m", "v"),
-                    attrs={"grad_dtype": "fp32", "master": False})
+        yield _case(
+            "adam",
+            {"n": size},
+            dict.fromkeys(("g", "w", "m", "v"), (size,)),
+            ("w", "m", "v"),
+            cold=("g", "w", "m", "v"),
+            attrs={"grad_dtype": "fp32", "master": False},
+        )
 
 
 def _head_cases(t: int, n: int) -> Iterator[Case]:
@@ -122,8 +169,14 @@ def _head_cases(t: int, n: int) -> Iterator[Case]:
     dims = {"t": t, "n": n}
     yield _case("rope", dims, {"x": packed, "p": (t,)}, ("y",), attrs=attrs, dtypes={"p": "int64"})
     yield _case("head_norm", dims, {"x": packed, **scales}, ("y",), attrs=attrs)
-    yield _case("head_norm_backward", dims, {"d": packed, "x": packed, **scales}, ("y", "g", "h"),
-                attrs=attrs, inplace={"g": (d,), "h": (d,)})
+    yield _case(
+        "head_norm_backward",
+        dims,
+        {"d": packed, "x": packed, **scales},
+        ("y", "g", "h"),
+        attrs=attrs,
+        inplace={"g": (d,), "h": (d,)},
+    )
 
 
 def _vocabulary_cases(size: int) -> Iterator[Case]:
@@ -134,46 +187,99 @@ def _vocabulary_cases(size: int) -> Iterator[Case]:
     dtypes = {"t": "int64"}
     dims = {"t": t, "n": n}
     yield _case("softmax_stats", dims, logits, ("s",), attrs=attrs, dtypes=dtypes)
-    yield _case("softmax_loss", dims, {**logits, "s": (t, 3)}, ("l", "e"), attrs=attrs,
-                dtypes=dtypes)
-    yield _case("softmax_backward", dims, {**logits, "e": (t,)}, ("y",), attrs=attrs,
-                dtypes=dtypes)
+    yield _case(
+        "softmax_loss", dims, {**logits, "s": (t, 3)}, ("l", "e"), attrs=attrs, dtypes=dtypes
+    )
+    yield _case("softmax_backward", dims, {**logits, "e": (t,)}, ("y",), attrs=attrs, dtypes=dtypes)
     yield _case("sample", dims, {"x": (t, n)}, ("y",), attrs=attrs)
     width = min(WIDTH, size)
     rows = size // width
     table = {"w": (2048, width), "t": (rows,)}
     dims = {"t": rows, "n": width}
     yield _case("embedding", dims, table, ("y",), dtypes=dtypes, cold=("w",))
-    yield _case("embedding_backward", dims, {"d": (rows, width), "t": (rows,)}, ("g",),
-                inplace={"g": (2048, width)}, dtypes=dtypes, cold=("g",))
+    yield _case(
+        "embedding_backward",
+        dims,
+        {"d": (rows, width), "t": (rows,)},
+        ("g",),
+        inplace={"g": (2048, width)},
+        dtypes=dtypes,
+        cold=("g",),
+    )
+
+
+PREFILLS = [  # batch, rows, heads, KV heads, head dim
+    (1, 32, 4, 4, 32),
+    (8, 32, 8, 4, 32),
+    (4, 64, 8, 8, 32),
+    (1, 128, 4, 2, 64),
+    (4, 128, 8, 4, 64),
+    (16, 128, 8, 8, 32),
+    (1, 256, 8, 4, 64),
+    (2, 256, 4, 4, 32),
+    (8, 256, 8, 8, 64),
+    (1, 512, 8, 4, 64),
+    (4, 512, 4, 2, 32),
+    (2, 512, 16, 8, 64),
+    (1, 1024, 8, 8, 64),
+    (32, 64, 4, 4, 64),
+]
+CACHED = [  # batch, new rows, rows with the cached ones, heads, KV heads, head dim
+    (1, 1, 64, 4, 4, 32),
+    (1, 1, 512, 8, 4, 64),
+    (4, 1, 128, 8, 4, 64),
+    (8, 1, 512, 4, 2, 32),
+    (16, 1, 128, 8, 8, 32),
+    (16, 1, 1024, 8, 4, 64),
+    (32, 1, 256, 8, 4, 64),
+    (64, 1, 128, 4, 4, 64),
+    (1, 1, 2048, 8, 8, 64),
+    (1, 64, 64, 8, 4, 64),
+    (4, 128, 128, 8, 4, 32),
+    (16, 64, 64, 4, 4, 64),
+    (1, 512, 512, 8, 4, 64),
+    (32, 128, 128, 8, 4, 32),
+]
 
 
 def attention_cases() -> Iterator[Case]:
     """Attention with and without a cache."""
-    for b, s, h, hkv, d in [(1, 32, 4, 4, 32), (8, 32, 8, 4, 32), (4, 64, 8, 8, 32),
-                            (1, 128, 4, 2, 64), (4, 128, 8, 4, 64), (16, 128, 8, 8, 32),
-                            (1, 256, 8, 4, 64), (2, 256, 4, 4, 32), (8, 256, 8, 8, 64),
-                            (1, 512, 8, 4, 64), (4, 512, 4, 2, 32), (2, 512, 16, 8, 64),
-                            (1, 1024, 8, 8, 64), (32, 64, 4, 4, 64)]:
+    for b, s, h, hkv, d in PREFILLS:
         dims = {"b": b, "s": s, "kv": s, "h": h, "hkv": hkv, "d": d, "dv": d}
         packed = (b * s, (h + 2 * hkv) * d)
         attrs = {"causal": True, "kv_dtype": "fp32"}
         yield _case("attention", dims, {"x": packed}, ("o", "l"), attrs=attrs)
         out = (b * s, h * d)
-        yield _case("attention_backward", dims,
-                    {"d": out, "x": packed, "o": out, "l": (b, h, s)}, ("g",), attrs=attrs)
-    for b, s, kv, h, hkv, d in [(1, 1, 64, 4, 4, 32), (1, 1, 512, 8, 4, 64), (4, 1, 128, 8, 4, 64),
-                                (8, 1, 512, 4, 2, 32), (16, 1, 128, 8, 8, 32), (16, 1, 1024, 8, 4, 64),
-                                (32, 1, 256, 8, 4, 64), (64, 1, 128, 4, 4, 64), (1, 1, 2048, 8, 8, 64),
-                                (1, 64, 64, 8, 4, 64), (4, 128, 128, 8, 4, 32), (16, 64, 64, 4, 4, 64),
-                                (1, 512, 512, 8, 4, 64), (32, 128, 128, 8, 4, 32)]:
+        yield _case(
+            "attention_backward",
+            dims,
+            {"d": out, "x": packed, "o": out, "l": (b, h, s)},
+            ("g",),
+            attrs=attrs,
+        )
+    for b, s, kv, h, hkv, d in CACHED:
         dims = {"b": b, "s": s, "kv": kv, "h": h, "hkv": hkv, "d": d, "dv": d}
         packed, cache = (b * s, (h + 2 * hkv) * d), (2, b, hkv, kv, d)
-        yield _case("attention", dims, {"x": packed, "c": cache}, ("o", "l"), cached=kv - s,
-                    attrs={"causal": True, "kv_dtype": "fp32"}, cold=("c",))
+        yield _case(
+            "attention",
+            dims,
+            {"x": packed, "c": cache},
+            ("o", "l"),
+            cached=kv - s,
+            attrs={"causal": True, "kv_dtype": "fp32"},
+            cold=("c",),
+        )
         heads = {"heads": h, "kv_heads": hkv, "head_dim": d, "b": b}
-        yield _case("cache_append", {"t": b * s, "n": 2 * hkv * d}, {"x": packed}, ("c",),
-                    inplace={"c": cache}, cached=kv - s, attrs=heads, cold=("c",))
+        yield _case(
+            "cache_append",
+            {"t": b * s, "n": 2 * hkv * d},
+            {"x": packed},
+            ("c",),
+            inplace={"c": cache},
+            cached=kv - s,
+            attrs=heads,
+            cold=("c",),
+        )
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -212,8 +318,15 @@ def bench_program(case: Case, copies: int) -> Program:
     block = Block("op", (case.op,))
     body = tuple(Call("op", layer) for layer in range(copies))
     kept = tuple(name for name, buffer in case.buffers.items() if buffer.scope == "act")
-    return Program(MESH, {"op": block}, case.buffers, {"0F": body}, ((Action(0, "F", 0),),), (0,),
-                   {"keep": kept})
+    return Program(
+        MESH,
+        {"op": block},
+        case.buffers,
+        {"0F": body},
+        ((Action(0, "F", 0),),),
+        (0,),
+        {"keep": kept},
+    )
 
 
 def copies_of(case: Case) -> int:
@@ -276,9 +389,15 @@ def measure_ops(device: torch.device, meet: Callable[[], None]) -> list[dict[str
         for (_, case), found in zip(cases, samples, strict=True):
             found.append(time_case(case, pool, meet))
     return [
-        {"group": group, "family": family_name(case.op), "kind": case.op.kind,
-         "dims": dict(case.op.dims), "attrs": dict(case.op.attrs), "reads": list(case.op.reads),
-         "samples": found}
+        {
+            "group": group,
+            "family": family_name(case.op),
+            "kind": case.op.kind,
+            "dims": dict(case.op.dims),
+            "attrs": dict(case.op.attrs),
+            "reads": list(case.op.reads),
+            "samples": found,
+        }
         for (group, case), found in zip(cases, samples, strict=True)
     ]
 
@@ -293,16 +412,27 @@ def measure_collectives(transport: Transport, ranks: int) -> list[dict[str, Any]
         for kind in ("all_reduce", "all_gather", "reduce_scatter"):
             whole = torch.ones(size // 4)
             part = torch.ones(size // 4 // ranks)
-            calls = {
-                "all_reduce": lambda w=whole, p=part: transport.all_reduce(w, "tp"),
-                "all_gather": lambda w=whole, p=part: transport.all_gather(w, p, "tp"),
-                "reduce_scatter": lambda w=whole, p=part: transport.reduce_scatter(p, w, "tp"),
+            calls: dict[str, Callable[[], Handle]] = {
+                "all_reduce": partial(transport.all_reduce, whole, "tp"),
+                "all_gather": partial(transport.all_gather, whole, part, "tp"),
+                "reduce_scatter": partial(transport.reduce_scatter, part, whole, "tp"),
             }
             rounds = max(3, min(50, int(0.02 / (2e-4 + size / 1e9))))
-            samples = _time_rounds(lambda call=calls[kind]: call().wait(), rounds)
-            found.append({"op": kind, "bytes": size, "ranks": ranks,
-                          "seconds": statistics.median(samples), "samples": samples})
+            samples = _time_rounds(partial(_complete, calls[kind]), rounds)
+            found.append(
+                {
+                    "op": kind,
+                    "bytes": size,
+                    "ranks": ranks,
+                    "seconds": statistics.median(samples),
+                    "samples": samples,
+                }
+            )
     return found
+
+
+def _complete(call: Callable[[], Handle]) -> None:
+    call().wait()
 
 
 def _time_rounds(call: Callable[[], Any], rounds: int, samples: int = 5) -> list[float]:
@@ -326,14 +456,21 @@ def measure_messages(rank: int) -> list[dict[str, Any]]:
         def ping_pong(buffer: torch.Tensor = buffer) -> None:
             for turn in (0, 1):
                 if rank == turn:
-                    dist.isend(buffer, 1 - rank).wait()
+                    dist.send(buffer, 1 - rank)
                 else:
-                    dist.irecv(buffer, 1 - rank).wait()
+                    dist.recv(buffer, 1 - rank)
 
         rounds = max(3, min(50, int(0.02 / (2e-4 + size / 1e9))))
         samples = [s / 2 for s in _time_rounds(ping_pong, rounds)]
-        found.append({"op": "send_recv", "bytes": size, "ranks": 2,
-                      "seconds": statistics.median(samples), "samples": samples})
+        found.append(
+            {
+                "op": "send_recv",
+                "bytes": size,
+                "ranks": 2,
+                "seconds": statistics.median(samples),
+                "samples": samples,
+            }
+        )
     return found
 
 
@@ -397,10 +534,14 @@ def measure_peaks(meet: Callable[[], None]) -> dict[str, float]:
     }
 
 
+def _nobody() -> Any:
+    """Wait for no other rank."""
+
+
 def measure(rank: int, ranks: int) -> dict[str, Any]:
     """Return what this rank measured, all ranks together; the process group must exist."""
     started = time.perf_counter()
-    meet: Callable[[], Any] = dist.barrier if ranks > 1 else lambda: None
+    meet = dist.barrier if ranks > 1 else _nobody
     record: dict[str, Any] = {"rank": rank, "ranks": ranks, "peaks": measure_peaks(meet)}
     if ranks > 1:
         transport = Distributed({**MESH, "tp": ranks}, rank, {"tp"})
@@ -408,6 +549,8 @@ def measure(rank: int, ranks: int) -> dict[str, Any]:
         record["messages"] = measure_messages(rank) if ranks == 2 else []
         record["overlap"] = measure_overlap(transport)
         record["issue_s"] = measure_issue(transport)
+        record["alone"] = measure_peaks(_nobody) if rank == 0 else {}
+        meet()
     record["ops"] = measure_ops(torch.device("cpu"), meet)
     record["seconds"] = time.perf_counter() - started
     return record

@@ -18,8 +18,13 @@ from torch import Tensor
 from simcore.ops import Op
 
 TORCH_DTYPES = {
-    "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-    "int64": torch.int64, "int32": torch.int32, "bool": torch.bool,
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
 }
 Results = Sequence[Tensor]
 Outs = Sequence[Tensor | None]  # the tensor to write into, where the buffer outlives the action
@@ -120,9 +125,7 @@ def _rmsnorm(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     return (F.rms_norm(reads[0], reads[0].shape[-1:], reads[1], EPSILON),)
 
 
-def _rmsnorm_backward(
-    ctx: Context, op: Op, reads: Results, outs: Outs
-) -> Results:
+def _rmsnorm_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     dx, grad = _rms_gradients(*reads)
     return (dx, _added(outs[1], grad.sum(0)))
 
@@ -169,17 +172,21 @@ def _layernorm(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     return (F.layer_norm(reads[0], reads[0].shape[-1:], reads[1], shift, EPSILON),)
 
 
-def _layernorm_backward(
-    ctx: Context, op: Op, reads: Results, outs: Outs
-) -> Results:
+def _layernorm_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     dy, x, weight = reads
     wide = _wide(x)
     mean = wide.mean(-1, keepdim=True)
     inverse = torch.rsqrt(wide.var(-1, keepdim=True, unbiased=False) + EPSILON)
     mask = [True, True, len(outs) > 2]
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dy, x, x.shape[-1:], mean.to(x.dtype), inverse.to(x.dtype), weight,
-        torch.zeros_like(weight), mask,
+        dy,
+        x,
+        x.shape[-1:],
+        mean.to(x.dtype),
+        inverse.to(x.dtype),
+        weight,
+        torch.zeros_like(weight),
+        mask,
     )
     sums = [_added(out, part) for out, part in zip(outs[1:], (dw, db), strict=False)]
     return (dx, *sums)
@@ -435,8 +442,11 @@ def _softmax_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Resul
     local = targets - first
     inside = (local >= 0) & (local < valid.shape[1])
     rows = torch.arange(targets.shape[0], device=logits.device)
-    p.index_put_((rows, local.clamp(0, valid.shape[1] - 1)),
-                 torch.where(inside, -scale, 0.0).to(p.dtype), accumulate=True)
+    p.index_put_(
+        (rows, local.clamp(0, valid.shape[1] - 1)),
+        torch.where(inside, -scale, 0.0).to(p.dtype),
+        accumulate=True,
+    )
     return (F.pad(p, (0, logits.shape[1] - valid.shape[1])) if padded else p,)
 
 
@@ -463,9 +473,19 @@ def _adam(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     if target.dtype == torch.float64:
         m, v = m.double(), v.double()
     torch._fused_adam_(
-        [target], [grad.to(target.dtype)], [m], [v], [],
-        [torch.tensor(float(ctx.step), device=target.device)], lr=LEARNING_RATE, beta1=BETAS[0],
-        beta2=BETAS[1], weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+        [target],
+        [grad.to(target.dtype)],
+        [m],
+        [v],
+        [],
+        [torch.tensor(float(ctx.step), device=target.device)],
+        lr=LEARNING_RATE,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        weight_decay=0.0,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
     )
     if op.attrs.get("master"):
         weight.copy_(target)

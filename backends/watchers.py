@@ -27,8 +27,9 @@ class LiveBytes:
         """Count every storage once."""
         buffers = interpreter.program.buffers
         held = [t for key, t in interpreter.tensors.items() if buffers[key[0]].scope != "data"]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                    for t in (*held, *written)}
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*held, *written)
+        }
         self.peak = max(self.peak, sum(storages.values()))
 
 
@@ -64,9 +65,7 @@ class Logits:
         """Do nothing."""
 
 
-def _addmm_in_place(
-    out: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any
-) -> int:
+def _addmm_in_place(out: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
     """Return the FLOPs of a kind that torch's counter lacks, from shapes."""
     return 2 * left[0] * left[1] * right[1]
 

@@ -73,9 +73,7 @@ def flat_weights(
     return flat
 
 
-def drawn_weights(
-    program: Program, unit: str, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def drawn_weights(program: Program, unit: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return flat weights drawn on the device itself: for shapes too large to draw whole."""
     flat = torch.empty(int(program.buffers[f"{unit}.w"].elements), dtype=dtype, device=device)
     flat.normal_(0.0, WEIGHT_STD)

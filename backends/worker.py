@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import datetime
 import faulthandler
+import gc
 import json
 import os
 import platform
@@ -113,8 +114,9 @@ class Generating:
         rows = workload.input_tokens + workload.output_tokens
         prefill.prepare(rows)
         decode.tensors = prefill.tensors
-        prompt = prompts(prefill.program, prefill.rank, prefill.seed, workload.input_tokens,
-                         prefill.device)
+        prompt = prompts(
+            prefill.program, prefill.rank, prefill.seed, workload.input_tokens, prefill.device
+        )
         return cls([prefill, decode], job["method"], workload, prompt)
 
     def once(self) -> dict[str, Any]:
@@ -126,8 +128,11 @@ class Generating:
         before = time.perf_counter()
         while True:
             runner = self._runner(wanted.new_rows)
-            runner.run_step(pass_data(tokens, wanted.cached_rows), cached=wanted.cached_rows,
-                            rows=wanted.cached_rows + wanted.new_rows)
+            runner.run_step(
+                pass_data(tokens, wanted.cached_rows),
+                cached=wanted.cached_rows,
+                rows=wanted.cached_rows + wanted.new_rows,
+            )
             if runner.results["next"]:
                 tokens = runner.results["next"][0][:, None]
                 found["tokens"].append(tokens[:, 0])
@@ -216,8 +221,14 @@ def make_runner(
     transport = transport_of(rank, programs, run)
     interpreters = [
         Interpreter(
-            program, transport.rank, transport, device, run["seed"], run["fused"],
-            local_weights=run["alone_rank"] is not None, record=run["record_spans"],
+            program,
+            transport.rank,
+            transport,
+            device,
+            run["seed"],
+            run["fused"],
+            local_weights=run["alone_rank"] is not None,
+            record=run["record_spans"],
             dtype=TORCH_DTYPES[run["dtype"]] if run["dtype"] else None,
         )
         for program in programs
@@ -232,8 +243,13 @@ def _plain_spans(runner: Runner, origin: Any) -> list[list[Any]]:
     for interpreter in runner.interpreters:
         clock = interpreter.clock
         found += [
-            [s.stream, s.name, clock.seconds(origin, s.start), clock.seconds(origin, s.end),
-             s.action]
+            [
+                s.stream,
+                s.name,
+                clock.seconds(origin, s.start),
+                clock.seconds(origin, s.end),
+                s.action,
+            ]
             for s in interpreter.spans
         ]
     return sorted(found, key=lambda span: span[2])
@@ -412,8 +428,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.launched:
         _settle_in(rank)
     data = json.loads(options.jobs.read_text())
+    gc.disable()  # a collection inside a step would be timed with it
     try:
         for number, job in enumerate(data.get("jobs", [data])):
+            gc.collect()
             rank.write(number, *measure(job, RUN | job.get("run", {}), rank))
     except RunError as error:
         print(error, file=sys.stderr, flush=True)

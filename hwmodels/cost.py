@@ -13,6 +13,8 @@ from hwmodels.topology import Topology, make_topology, max_min_rates, members_pe
 from simcore.ops import Op, Size, work
 from simcore.program import axis_degree
 
+ATTENTION_KINDS = ("attention", "attention_backward")
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterCost:
@@ -42,7 +44,7 @@ class ClusterCost:
                 degree, inner = 2, self.cluster.world // 2
             else:
                 degree = axis_degree(self.mesh, group)
-                inner = _inner(self.mesh, group.split("*")[-1])
+                inner = _inner(self.mesh, group.rsplit("*", maxsplit=1)[-1])
             shared = int(members_per_node(inner, degree, self.cluster.gpus_per_node))
             self.layouts[group] = GroupLayout(
                 degree, shared, self.cluster.scale_up, self.cluster.scale_out
@@ -53,15 +55,16 @@ class ClusterCost:
         """Return the seconds of ``op`` on its stream."""
         if not op.is_communication:
             fits = self.profile.kernels if self.profile else {}
-            return kernel_seconds(op, self.cluster.chip, fits) * self._contention()
+            return kernel_seconds(op, self.cluster.chip, fits) * self._contention(op)
         fit = self.profile.collectives if self.profile else None
         return collective_seconds(op.kind, work(op).payload_bytes, self.layout(op.group), fit=fit)
 
-    def _contention(self) -> float:
-        """Measured kernels had every rank busy; one rank alone is faster."""
+    def _contention(self, op: Op) -> float:
+        """Measured kernels had every rank busy; a rank alone has the memory to itself."""
         if self.profile is None or self.cluster.world > 1:
             return 1.0
-        return self.profile.alone
+        limit = "compute" if op.kind in ("matmul", *ATTENTION_KINDS) else "memory"
+        return self.profile.alone.get(limit, 1.0)
 
     def issue_seconds(self, op: Op) -> Size:
         """Return the host's time to start ``op``; measured kernels contain their own."""

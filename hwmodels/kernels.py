@@ -49,9 +49,6 @@ FEATURES: dict[str, Callable[[Op], Size]] = {
     "flops_per_block": lambda op: work(op).flops / _query_block(op),
     "heads": lambda op: op.dims["b"] * op.dims["h"],
     "queries": lambda op: op.dims["b"] * op.dims["h"] * op.dims["s"],
-    "packed": lambda op: op.dims["b"] * op.dims["s"] * (op.dims["h"] + 2 * op.dims["hkv"])
-    * op.dims["d"],
-    "elements": lambda op: elements(op),
 }
 
 
@@ -125,5 +122,7 @@ def read_kernel_fits(table: Mapping[str, Any], where: str) -> dict[str, KernelFi
                 raise ValueError(f"unknown feature among {sorted(coefficients)}")
             found[name] = KernelFit(points, coefficients, float(row.get("residual", 0.0)))
         except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: kernel {name!r} is ill-formed ({error}): calibrate anew.") from None
+            raise InputError(
+                f"{where}: kernel {name!r} is ill-formed ({error}): calibrate anew."
+            ) from None
     return found

@@ -21,7 +21,7 @@ class Profile:
     ``messages``: (latency in s, seconds per byte) between two ranks of the machine.
     ``blocking``: share of a communication during which its rank cannot compute.
     ``peaks``: measured FLOP/s and bytes/s, for the baselines that predictions must beat.
-    ``alone``: time of a kernel on one busy rank over that with every rank busy.
+    ``alone``: time of "compute" and of "memory" on one busy rank over that with every rank busy.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Profile:
     blocking: float
     messages: tuple[float, float]
     peaks: Mapping[str, float]
-    alone: float = 1.0
+    alone: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: float = 0.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,7 +53,7 @@ def read_profile(path: Path) -> Profile:
             float(table["blocking"]),
             (float(table["messages"][0]), float(table["messages"][1])),
             {str(k): float(v) for k, v in table["peaks"].items()},
-            float(table.get("alone", 1.0)),
+            {str(k): float(v) for k, v in table.get("alone", {}).items()},
             float(table.get("memory_bytes", 0.0)),
             table.get("provenance", {}),
         )

@@ -40,8 +40,14 @@ class Tape:
         self.buffers.setdefault(grad.removesuffix("+"), replace(source, scope="act"))
 
     def contribute(
-        self, name: str, kind: str, dims: Mapping[str, Size], dtype: str, reads: tuple[str, ...],
-        also: tuple[str, ...] = (), **attrs: Any,
+        self,
+        name: str,
+        kind: str,
+        dims: Mapping[str, Size],
+        dtype: str,
+        reads: tuple[str, ...],
+        also: tuple[str, ...] = (),
+        **attrs: Any,
     ) -> None:
         """Emit an op whose first result adds to the gradient of ``name``.
 
@@ -63,12 +69,15 @@ class Tape:
             reads = (f"d.{name}", *op.reads)
         else:
             self.input_ops.append(replace(op, writes=(part, *also)))
-        self.input_ops.append(
-            Op("add", {"t": size, "n": 1}, dtype, reads, (f"d.{name}",))
-        )
+        self.input_ops.append(Op("add", {"t": size, "n": 1}, dtype, reads, (f"d.{name}",)))
 
     def weight(
-        self, name: str, kind: str, dims: Mapping[str, Size], dtype: str, reads: tuple[str, ...],
+        self,
+        name: str,
+        kind: str,
+        dims: Mapping[str, Size],
+        dtype: str,
+        reads: tuple[str, ...],
         **attrs: Any,
     ) -> None:
         """Emit an op that accumulates the gradient of weight ``name``."""
@@ -78,8 +87,12 @@ class Tape:
 
     @staticmethod
     def _op(
-        kind: str, dims: Mapping[str, Size], dtype: str, reads: tuple[str, ...],
-        writes: tuple[str, ...], attrs: Mapping[str, Any],
+        kind: str,
+        dims: Mapping[str, Size],
+        dtype: str,
+        reads: tuple[str, ...],
+        writes: tuple[str, ...],
+        attrs: Mapping[str, Any],
     ) -> Op:
         attrs = dict(attrs)
         stream, group = attrs.pop("stream", "compute"), attrs.pop("group", "")
@@ -120,30 +133,48 @@ def _bias(op: Op, tape: Tape) -> None:
 def _norm(op: Op, tape: Tape) -> None:
     grads = tuple(f"g.{weight}" for weight in op.reads[1:])
     tape.contribute(
-        op.reads[0], f"{op.kind}_backward", op.dims, op.dtype,
-        (f"d.{op.writes[0]}", op.reads[0], op.reads[1]), also=grads, **op.attrs,
+        op.reads[0],
+        f"{op.kind}_backward",
+        op.dims,
+        op.dtype,
+        (f"d.{op.writes[0]}", op.reads[0], op.reads[1]),
+        also=grads,
+        **op.attrs,
     )
 
 
 def _head_norm(op: Op, tape: Tape) -> None:
     grads = tuple(f"g.{weight}" for weight in op.reads[1:])
     tape.contribute(
-        op.reads[0], "head_norm_backward", op.dims, op.dtype,
-        (f"d.{op.writes[0]}", *op.reads), also=grads, **op.attrs,
+        op.reads[0],
+        "head_norm_backward",
+        op.dims,
+        op.dtype,
+        (f"d.{op.writes[0]}", *op.reads),
+        also=grads,
+        **op.attrs,
     )
 
 
 def _embedding(op: Op, tape: Tape) -> None:
     tape.weight(
-        op.reads[0], "embedding_backward", op.dims, op.dtype,
-        (f"d.{op.writes[0]}", op.reads[1]), **op.attrs,
+        op.reads[0],
+        "embedding_backward",
+        op.dims,
+        op.dtype,
+        (f"d.{op.writes[0]}", op.reads[1]),
+        **op.attrs,
     )
 
 
 def _elementwise_saved(op: Op, tape: Tape) -> None:
     tape.contribute(
-        op.reads[0], f"{op.kind}_backward", op.dims, op.dtype,
-        (f"d.{op.writes[0]}", op.reads[0]), **op.attrs,
+        op.reads[0],
+        f"{op.kind}_backward",
+        op.dims,
+        op.dtype,
+        (f"d.{op.writes[0]}", op.reads[0]),
+        **op.attrs,
     )
 
 
@@ -162,8 +193,12 @@ def _add(op: Op, tape: Tape) -> None:
 def _attention(op: Op, tape: Tape) -> None:
     out, lse = op.writes
     tape.contribute(
-        op.reads[0], "attention_backward", op.dims, op.dtype,
-        (f"d.{out}", op.reads[0], out, lse), **op.attrs,
+        op.reads[0],
+        "attention_backward",
+        op.dims,
+        op.dtype,
+        (f"d.{out}", op.reads[0], out, lse),
+        **op.attrs,
     )
 
 
@@ -177,9 +212,7 @@ def _softmax_loss(op: Op, tape: Tape) -> None:
 def _collective(adjoint: str) -> Callable[[Op, Tape], None]:
     def rule(op: Op, tape: Tape) -> None:
         attrs = {**op.attrs, "stream": op.stream, "group": op.group}
-        tape.contribute(
-            op.reads[0], adjoint, op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs
-        )
+        tape.contribute(op.reads[0], adjoint, op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs)
 
     return rule
 
@@ -226,9 +259,7 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
 }
 
 
-def backward(
-    ops: tuple[Op, ...], buffers: dict[str, Buffer], outputs: tuple[str, ...]
-) -> Tape:
+def backward(ops: tuple[Op, ...], buffers: dict[str, Buffer], outputs: tuple[str, ...]) -> Tape:
     """Return the tape with the backward ops of ``ops``; gradient buffers join ``buffers``.
 
     ``outputs`` are the block's results whose gradients come from outside.

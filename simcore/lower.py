@@ -73,7 +73,8 @@ class _Lowering:
     def weights_of(self, unit: str) -> list[str]:
         """Return the unit's weights, those whose gradients are summed over tp first, in one run."""
         names = [
-            n for n, b in self.buffers.items()
+            n
+            for n, b in self.buffers.items()
             if b.scope == "weight" and n.startswith(f"{unit}.") and n != f"{unit}.w"
         ]
         return sorted(names, key=lambda n: not self._summed(self.buffers[n]))
@@ -138,8 +139,9 @@ class _Lowering:
             return
         stage, whole = self.shards.stage, self.buffers[f"{unit}.w"]
         n, dtype = whole.elements, whole.dtype
-        gather = Op("all_gather", {"n": n}, dtype, (f"{unit}.ws",), (f"{unit}.w",), "dp",
-                    self.shards.axis)
+        gather = Op(
+            "all_gather", {"n": n}, dtype, (f"{unit}.ws",), (f"{unit}.w",), "dp", self.shards.axis
+        )
         clear = Op("fill", {"n": n}, self.grads_dtype, (), (f"{unit}.g",))
         if stage == 3:
             self.add(f"{unit}.unshard", [gather])
@@ -154,8 +156,17 @@ class _Lowering:
         ops: list[Op] = []
         rep = f"{unit}.g.rep"
         if self.buffers[rep].elements:
-            ops.append(Op("all_reduce", {"n": self.buffers[rep].elements}, dtype, (rep,), (rep,),
-                          "tp", "tp"))
+            ops.append(
+                Op(
+                    "all_reduce",
+                    {"n": self.buffers[rep].elements},
+                    dtype,
+                    (rep,),
+                    (rep,),
+                    "tp",
+                    "tp",
+                )
+            )
         whole = f"{unit}.g"
         if shards.stage:
             part = f"{unit}.gs" if shards.stage == 1 else f"{unit}.gt"
@@ -191,16 +202,22 @@ class _Lowering:
         n = held.elements
         clears = {grad, f"{unit}.g"} if stage == 1 else {grad}
         return [
-            Op("adam", {"n": n}, held.dtype, (grad, weight, *states), (weight, *states),
-               attrs=attrs),
-            *(Op("fill", {"n": self.buffers[g].elements}, self.grads_dtype, (), (g,))
-              for g in sorted(clears)),
+            Op(
+                "adam",
+                {"n": n},
+                held.dtype,
+                (grad, weight, *states),
+                (weight, *states),
+                attrs=attrs,
+            ),
+            *(
+                Op("fill", {"n": self.buffers[g].elements}, self.grads_dtype, (), (g,))
+                for g in sorted(clears)
+            ),
         ]
 
 
-def _forward_blocks(
-    low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: float
-) -> None:
+def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: float) -> None:
     buffers, model = low.buffers, low.model
     buffers["positions"] = Buffer((rows.tokens,), "int64", "data", layered=False)
     low.add("embed.F", embed_block(model, tp, rows, buffers))
@@ -240,6 +257,7 @@ def _prefetched(calls: list[list[Call]], unshard: list[list[Call]]) -> tuple[Cal
 
 def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tuple[Call, ...]]:
     """Return the bodies of one stage: F, B, BR (backward of the last microbatch), O (optimizer)."""
+
     def present(unit: Call, what: str) -> list[Call]:
         name = f"{unit.block}.{what}"
         return [Call(name, unit.layer)] if name in low.blocks else []
@@ -251,8 +269,11 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         """What comes before a unit's backward; the head's also prepares a tied table."""
         if not tied or unit.block not in ends:
             return present(unit, what)
-        return present(ends["head"], what) + present(ends["embed"], what) if (
-            unit.block == "head") else []
+        return (
+            present(ends["head"], what) + present(ends["embed"], what)
+            if (unit.block == "head")
+            else []
+        )
 
     always = low.shards.stage >= 2
     full = low.parallel.recompute == "full"
@@ -288,13 +309,22 @@ def _boundary(low: _Lowering, elements: Size) -> None:
         for kind, peer in (("send", step), ("recv", -step)):
             reads, writes = ((buffer,), ()) if kind == "send" else ((), (buffer,))
             low.blocks[f"{kind}_{name.lower()}"] = (
-                Op(kind, dims, dtype, reads, writes, f"{kind}_{name.lower()}", "pp",
-                   {"peer": peer, "channel": name}),
+                Op(
+                    kind,
+                    dims,
+                    dtype,
+                    reads,
+                    writes,
+                    f"{kind}_{name.lower()}",
+                    "pp",
+                    {"peer": peer, "channel": name},
+                ),
             )
 
 
 def _with_communication(actions: list[Action], stages: int) -> list[Action]:
     """Add sends after and receives one action before the actions that need them."""
+
     def receives(action: Action) -> list[Action]:
         if action.kind == "F" and action.stage > 0:
             return [Action(action.stage, "RECV_F", action.microbatch)]
@@ -319,9 +349,7 @@ def _with_communication(actions: list[Action], stages: int) -> list[Action]:
 def _last_reduces(actions: list[Action]) -> list[Action]:
     """Mark each stage's last backward, which also reduces gradients."""
     final = {a.stage: i for i, a in enumerate(actions) if a.kind == "B"}
-    return [
-        a._replace(kind="BR") if final.get(a.stage) == i else a for i, a in enumerate(actions)
-    ]
+    return [a._replace(kind="BR") if final.get(a.stage) == i else a for i, a in enumerate(actions)]
 
 
 def _check_dtypes(model: ModelSpec, workload: TrainStep) -> None:
@@ -354,8 +382,14 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
             f"sequence_parallel needs microbatch x seq_len {rows.tokens} to be a multiple of tp "
             f"{parallel.tp}: change [workload].seq_len or [parallel].tp."
         )
-    low = _Lowering(model, parallel, Sharding.of(parallel), tp.shards_tokens,
-                    workload.grads_dtype, workload.optimizer)
+    low = _Lowering(
+        model,
+        parallel,
+        Sharding.of(parallel),
+        tp.shards_tokens,
+        workload.grads_dtype,
+        workload.optimizer,
+    )
     _forward_blocks(low, tp, rows, 1.0 / (workload.global_batch * workload.seq_len))
     _backward_blocks(low)
     for unit in UNITS:
@@ -364,13 +398,23 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     stages = len(layers)
     orders = SCHEDULES[parallel.schedule](stages, count)
     order = tuple(
-        (*_with_communication(_last_reduces(actions), stages),
-         *([Action(rank, "TIE", 0)] if f"{rank}TIE" in bodies else []), Action(rank, "O", 0))
+        (
+            *_with_communication(_last_reduces(actions), stages),
+            *([Action(rank, "TIE", 0)] if f"{rank}TIE" in bodies else []),
+            Action(rank, "O", 0),
+        )
         for rank, actions in enumerate(orders)
     )
-    info = {"kind": "train", "microbatches": count, "batch": parallel.microbatch,
-            "seq_len": workload.seq_len, "vocab": model.vocab, "dp": parallel.dp,
-            "keep": ("loss",), "schedule": parallel.schedule}
+    info = {
+        "kind": "train",
+        "microbatches": count,
+        "batch": parallel.microbatch,
+        "seq_len": workload.seq_len,
+        "vocab": model.vocab,
+        "dp": parallel.dp,
+        "keep": ("loss",),
+        "schedule": parallel.schedule,
+    }
     return _program(low, bodies, order, info)
 
 
@@ -387,11 +431,14 @@ def _pipeline_bodies(
         units = _units(first, count, embed=stage == 0, head=stage == last)
         bodies |= _stage_bodies(low, stage, units)
         if stage:
-            bodies |= {f"{stage}{kind}": (Call(kind.lower(), first),)
-                       for kind in ("RECV_F", "SEND_B")}
+            bodies |= {
+                f"{stage}{kind}": (Call(kind.lower(), first),) for kind in ("RECV_F", "SEND_B")
+            }
         if stage < last:
-            bodies |= {f"{stage}{kind}": (Call(kind.lower(), first + count),)
-                       for kind in ("SEND_F", "RECV_B")}
+            bodies |= {
+                f"{stage}{kind}": (Call(kind.lower(), first + count),)
+                for kind in ("SEND_F", "RECV_B")
+            }
         first += count
     if low.model.tied_embeddings and last and "embed.step" in low.blocks:
         _tie(low, bodies, last)
@@ -402,8 +449,10 @@ def _tie(low: _Lowering, bodies: dict[str, tuple[Call, ...]], last: int) -> None
     """Sum the tied table's gradient over the first and the last stage (Megatron-LM)."""
     grads = low.buffers["embed.gs" if low.shards.stage else "embed.g"]
     name = "embed.gs" if low.shards.stage else "embed.g"
-    low.add("embed.tie", [Op("all_reduce", {"n": grads.elements}, grads.dtype, (name,), (name,),
-                             "dp", "ends")])
+    low.add(
+        "embed.tie",
+        [Op("all_reduce", {"n": grads.elements}, grads.dtype, (name,), (name,), "dp", "ends")],
+    )
     for stage in (0, last):
         bodies[f"{stage}TIE"] = (Call("embed.tie", 0),)
     bodies[f"{last}O"] += (Call("embed.step", 0),)
@@ -418,7 +467,9 @@ def _tie(low: _Lowering, bodies: dict[str, tuple[Call, ...]], last: int) -> None
 
 
 def _program(
-    low: _Lowering, bodies: dict[str, tuple[Call, ...]], order: tuple[tuple[Action, ...], ...],
+    low: _Lowering,
+    bodies: dict[str, tuple[Call, ...]],
+    order: tuple[tuple[Action, ...], ...],
     info: dict[str, object],
 ) -> Program:
     used = {call.block for body in bodies.values() for call in body}
@@ -449,15 +500,27 @@ def lower_pass(
     )
     if stages > 1:
         order = _token_return(low, bodies, order, rows.batch)
-    low.buffers = {n: b for n, b in low.buffers.items() if not n.startswith("g.") and
-                   not n.endswith((".g", ".g.rep"))}
-    info = {"kind": "generate", "new_rows": rows.new, "microbatches": 1, "batch": rows.batch,
-            "vocab": model.vocab, "dp": parallel.dp, "keep": ("next",)}
+    low.buffers = {
+        n: b
+        for n, b in low.buffers.items()
+        if not n.startswith("g.") and not n.endswith((".g", ".g.rep"))
+    }
+    info = {
+        "kind": "generate",
+        "new_rows": rows.new,
+        "microbatches": 1,
+        "batch": rows.batch,
+        "vocab": model.vocab,
+        "dp": parallel.dp,
+        "keep": ("next",),
+    }
     return _program(low, bodies, order, info)
 
 
 def _token_return(
-    low: _Lowering, bodies: dict[str, tuple[Call, ...]], order: tuple[tuple[Action, ...], ...],
+    low: _Lowering,
+    bodies: dict[str, tuple[Call, ...]],
+    order: tuple[tuple[Action, ...], ...],
     batch: Size,
 ) -> tuple[tuple[Action, ...], ...]:
     """Send the chosen tokens from the last stage back to the first, which embeds them next."""
@@ -468,8 +531,16 @@ def _token_return(
     for kind, (stage, peer) in ends.items():
         reads, writes = (("next",), ()) if kind == "send" else ((), ("next",))
         low.blocks[f"{kind}_t"] = (
-            Op(kind, {"n": batch}, "int64", reads, writes, f"{kind}_t", "pp",
-               {"peer": peer, "channel": "T"}),
+            Op(
+                kind,
+                {"n": batch},
+                "int64",
+                reads,
+                writes,
+                f"{kind}_t",
+                "pp",
+                {"peer": peer, "channel": "T"},
+            ),
         )
         name = f"{kind.upper()}_T"
         bodies[f"{stage}{name}"] = (Call(f"{kind}_t", head),)

@@ -35,22 +35,40 @@ class Builder:
         return name
 
     def weight(
-        self, name: str, *dims: Size, dtype: str, pieces: tuple[Size, ...] = (),
-        shard_dim: int = -1, partial: bool = False,
+        self,
+        name: str,
+        *dims: Size,
+        dtype: str,
+        pieces: tuple[Size, ...] = (),
+        shard_dim: int = -1,
+        partial: bool = False,
         init: str = "normal",
     ) -> str:
         """Declare a weight of this block and return its full name."""
         full = f"{self.prefix}.{name}"
         self.buffers[full] = Buffer(
-            dims, dtype, "weight", self.layered, pieces=pieces, shard_dim=shard_dim, partial=partial,
+            dims,
+            dtype,
+            "weight",
+            self.layered,
+            pieces=pieces,
+            shard_dim=shard_dim,
+            partial=partial,
             init=init,
         )
         return full
 
     def op(
-        self, kind: str, reads: tuple[str, ...], writes: tuple[str, ...], *,
-        stream: str = "compute", group: str = "", dtype: str = "",
-        attrs: dict[str, Any] | None = None, **dims: Size,
+        self,
+        kind: str,
+        reads: tuple[str, ...],
+        writes: tuple[str, ...],
+        *,
+        stream: str = "compute",
+        group: str = "",
+        dtype: str = "",
+        attrs: dict[str, Any] | None = None,
+        **dims: Size,
     ) -> str:
         """Append an op and return its first result."""
         self.ops.append(
@@ -105,8 +123,14 @@ class TensorParallel:
             return x
         kind = "all_gather" if self.shards_tokens else "alias"
         out = b.act(f"{x}.whole", tokens, width)
-        return b.op(kind, (x,), (out,), n=tokens * width, group="tp",
-                    stream="tp" if self.shards_tokens else "compute")
+        return b.op(
+            kind,
+            (x,),
+            (out,),
+            n=tokens * width,
+            group="tp",
+            stream="tp" if self.shards_tokens else "compute",
+        )
 
     def leave(self, b: Builder, y: str, tokens: Size, width: Size) -> str:
         """Sum the partial results of a row-parallel product."""
@@ -132,8 +156,17 @@ TRAINABLE = ("bf16", "fp16", "fp32", "fp64")
 
 
 def _linear(
-    b: Builder, model: ModelSpec, x: str, name: str, m: Size, n: Size, k: Size, *,
-    pieces: tuple[Size, ...] = (), bias: bool = False, shard_dim: int = -1,
+    b: Builder,
+    model: ModelSpec,
+    x: str,
+    name: str,
+    m: Size,
+    n: Size,
+    k: Size,
+    *,
+    pieces: tuple[Size, ...] = (),
+    bias: bool = False,
+    shard_dim: int = -1,
 ) -> str:
     """Append y = x W^T; a bias of a row-parallel product is added by `_row_bias` instead."""
     dtype = model.weights_dtype
@@ -143,8 +176,9 @@ def _linear(
         row = b.weight(f"b{name}", n, dtype=dtype, pieces=pieces, shard_dim=shard_dim, init="zeros")
         reads += (row,)
     out = b.act(name, m, n)
-    return b.op("matmul", reads, (out,), m=m, n=n, k=k,
-                attrs={"layout": "nt", "weight_dtype": dtype})
+    return b.op(
+        "matmul", reads, (out,), m=m, n=n, k=k, attrs={"layout": "nt", "weight_dtype": dtype}
+    )
 
 
 def _row_bias(b: Builder, model: ModelSpec, y: str, name: str, tokens: Size) -> str:
@@ -160,34 +194,67 @@ def _attention(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: 
     kv_heads = tp.split(model.kv_heads)
     width = (heads + 2 * kv_heads) * d
     full = (model.heads * d, model.kv_heads * d, model.kv_heads * d)
-    qkv = _linear(b, model, x, "qkv", tokens, width, model.hidden,
-                  pieces=full, bias=model.qkv_bias, shard_dim=0)
+    qkv = _linear(
+        b,
+        model,
+        x,
+        "qkv",
+        tokens,
+        width,
+        model.hidden,
+        pieces=full,
+        bias=model.qkv_bias,
+        shard_dim=0,
+    )
     attrs: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": d}
     if model.qk_norm:
         scales = tuple(
             b.weight(f"{part}.scale", d, dtype=model.weights_dtype, init="ones", partial=True)
             for part in ("q", "k")
         )
-        qkv = b.op("head_norm", (qkv, *scales), (b.act("qkv.norm", tokens, width),), t=tokens,
-                   n=(heads + kv_heads) * d, attrs=attrs)
+        qkv = b.op(
+            "head_norm",
+            (qkv, *scales),
+            (b.act("qkv.norm", tokens, width),),
+            t=tokens,
+            n=(heads + kv_heads) * d,
+            attrs=attrs,
+        )
     if model.position == "rope":
         turned = b.act("qkv.rope", tokens, width)
-        qkv = b.op("rope", (qkv, "positions"), (turned,), t=tokens, n=(heads + kv_heads) * d,
-                   attrs=attrs)
+        qkv = b.op(
+            "rope", (qkv, "positions"), (turned,), t=tokens, n=(heads + kv_heads) * d, attrs=attrs
+        )
     out = b.act("o", tokens, heads * d)
     lse = b.act("lse", rows.batch, heads, rows.new, dtype="fp32")
     reads: tuple[str, ...] = (qkv,)
     if rows.keep_cache:
         length = rows.cached + rows.new
-        cache = b.act("cache", 2, rows.batch, kv_heads, length, d, dtype=model.kv_dtype,
-                      scope="cache")
-        attrs = {"kv_dtype": model.kv_dtype, "heads": heads, "kv_heads": kv_heads, "head_dim": d,
-                 "b": rows.batch}
+        cache = b.act(
+            "cache", 2, rows.batch, kv_heads, length, d, dtype=model.kv_dtype, scope="cache"
+        )
+        attrs = {
+            "kv_dtype": model.kv_dtype,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": d,
+            "b": rows.batch,
+        }
         b.op("cache_append", (qkv,), (cache,), t=tokens, n=2 * kv_heads * d, attrs=attrs)
         reads += (cache,)
-    b.op("attention", reads, (out, lse), b=rows.batch, s=rows.new, kv=rows.cached + rows.new,
-         h=heads, hkv=kv_heads, d=d, dv=d,
-         attrs={"causal": model.causal, "kv_dtype": model.kv_dtype if rows.keep_cache else b.dtype})
+    b.op(
+        "attention",
+        reads,
+        (out, lse),
+        b=rows.batch,
+        s=rows.new,
+        kv=rows.cached + rows.new,
+        h=heads,
+        hkv=kv_heads,
+        d=d,
+        dv=d,
+        attrs={"causal": model.causal, "kv_dtype": model.kv_dtype if rows.keep_cache else b.dtype},
+    )
     y = _linear(b, model, out, "y", tokens, model.hidden, heads * d, shard_dim=1)
     y = tp.leave(b, y, tokens, model.hidden)
     return _row_bias(b, model, y, "y", tp.local(tokens)) if model.out_bias else y
@@ -198,11 +265,27 @@ def _ffn(b: Builder, model: ModelSpec, tp: TensorParallel, tokens: Size, x: str)
     ffn = tp.split(model.ffn)
     gated = model.ffn_kind == "gated"
     pieces = (model.ffn, model.ffn) if gated else (model.ffn,)
-    up = _linear(b, model, x, "up", tokens, ffn * len(pieces), model.hidden,
-                 pieces=pieces, bias=model.ffn_bias, shard_dim=0)
+    up = _linear(
+        b,
+        model,
+        x,
+        "up",
+        tokens,
+        ffn * len(pieces),
+        model.hidden,
+        pieces=pieces,
+        bias=model.ffn_bias,
+        shard_dim=0,
+    )
     kind = "swiglu" if gated else ("relu" if model.activation == "relu" else "gelu")
-    act = b.op(kind, (up,), (b.act("act", tokens, ffn),), t=tokens, n=ffn,
-               attrs={"activation": model.activation})
+    act = b.op(
+        kind,
+        (up,),
+        (b.act("act", tokens, ffn),),
+        t=tokens,
+        n=ffn,
+        attrs={"activation": model.activation},
+    )
     z = _linear(b, model, act, "z", tokens, model.hidden, ffn, shard_dim=1)
     z = tp.leave(b, z, tokens, model.hidden)
     return _row_bias(b, model, z, "z", tp.local(tokens)) if model.ffn_bias else z
@@ -265,14 +348,21 @@ def embed_block(
     tokens, hidden = rows.tokens, model.hidden
     vocab = tp.split(model.vocab)
     buffers["tokens"] = Buffer((tokens,), "int64", "data", layered=False)
-    table = b.weight("table", vocab, hidden, dtype=model.weights_dtype, pieces=(model.vocab,),
-                     shard_dim=0)
+    table = b.weight(
+        "table", vocab, hidden, dtype=model.weights_dtype, pieces=(model.vocab,), shard_dim=0
+    )
     group = "tp" if tp.present else ""
     whole = model.position != "learned"
     out = "h" if whole and not tp.present else b.act("e", tokens, hidden)
     b.act("h", tp.local(tokens), hidden)
-    b.op("embedding", (table, "tokens"), (out,), t=tokens, n=hidden,
-         attrs={"vocab_axis": group, "vocab": model.vocab})
+    b.op(
+        "embedding",
+        (table, "tokens"),
+        (out,),
+        t=tokens,
+        n=hidden,
+        attrs={"vocab_axis": group, "vocab": model.vocab},
+    )
     if tp.present:
         kind = "reduce_scatter" if tp.shards_tokens else "all_reduce"
         total = "h" if whole else b.act("e.sum", tp.local(tokens), hidden)
@@ -280,8 +370,14 @@ def embed_block(
     if model.position == "learned":
         positions = b.weight("positions", model.max_positions, hidden, dtype=model.weights_dtype)
         rows_of = b.act("p", tp.local(tokens), hidden)
-        b.op("embedding", (positions, "positions"), (rows_of,), t=tp.local(tokens), n=hidden,
-             attrs={"shard_axis": "tp" if tp.shards_tokens else ""})
+        b.op(
+            "embedding",
+            (positions, "positions"),
+            (rows_of,),
+            t=tp.local(tokens),
+            n=hidden,
+            attrs={"shard_axis": "tp" if tp.shards_tokens else ""},
+        )
         b.op("add", (out, rows_of), ("h",), t=tp.local(tokens), n=hidden)
     return b.ops
 
@@ -304,11 +400,28 @@ def head_block(
     normed = tp.enter(b, normed, tokens, hidden)
     if model.tied_embeddings:
         logits = b.act("logits", tokens, vocab)
-        b.op("matmul", (normed, "embed.table"), (logits,), m=tokens, n=vocab, k=hidden,
-             attrs={"layout": "nt", "weight_dtype": model.weights_dtype})
+        b.op(
+            "matmul",
+            (normed, "embed.table"),
+            (logits,),
+            m=tokens,
+            n=vocab,
+            k=hidden,
+            attrs={"layout": "nt", "weight_dtype": model.weights_dtype},
+        )
     else:
-        logits = _linear(b, model, normed, "logits", tokens, vocab, hidden,
-                         pieces=(model.vocab,), bias=model.head_bias, shard_dim=0)
+        logits = _linear(
+            b,
+            model,
+            normed,
+            "logits",
+            tokens,
+            vocab,
+            hidden,
+            pieces=(model.vocab,),
+            bias=model.head_bias,
+            shard_dim=0,
+        )
     if np.ndim(loss_scale) == 0 and loss_scale == 0:
         return _sample(b, model, tp, tokens, logits)
     buffers["targets"] = Buffer((tokens,), "int64", "data", layered=False)
@@ -318,8 +431,15 @@ def head_block(
     b.op("softmax_stats", (logits, "targets"), (stats,), t=tokens, n=vocab, attrs=attrs)
     if tp.present:
         whole = b.act("stats.all", tp.degree * tokens, 3, dtype="fp32")
-        stats = b.op("all_gather", (stats,), (whole,), n=tp.degree * tokens * 3, dtype="fp32",
-                     group="tp", stream="tp")
+        stats = b.op(
+            "all_gather",
+            (stats,),
+            (whole,),
+            n=tp.degree * tokens * 3,
+            dtype="fp32",
+            group="tp",
+            stream="tp",
+        )
     loss, lse = b.act("loss", 1, dtype="fp32"), b.act("logits.lse", tokens, dtype="fp32")
     b.op("softmax_loss", (logits, "targets", stats), (loss, lse), t=tokens, n=vocab, attrs=attrs)
     return b.ops
@@ -340,9 +460,16 @@ def _sample(
     vocab = tp.split(model.vocab)
     if tp.present:
         whole = b.act("logits.all", tp.degree * tokens, vocab)
-        logits = b.op("all_gather", (logits,), (whole,), n=tp.degree * tokens * vocab,
-                      group="tp", stream="tp")
+        logits = b.op(
+            "all_gather", (logits,), (whole,), n=tp.degree * tokens * vocab, group="tp", stream="tp"
+        )
     out = b.act("next", tokens, dtype="int64")
-    b.op("sample", (logits,), (out,), t=tokens, n=vocab * tp.degree,
-         attrs={"shards": tp.degree, "vocab": model.vocab})
+    b.op(
+        "sample",
+        (logits,),
+        (out,),
+        t=tokens,
+        n=vocab * tp.degree,
+        attrs={"shards": tp.degree, "vocab": model.vocab},
+    )
     return b.ops

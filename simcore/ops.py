@@ -60,7 +60,9 @@ class Buffer:
     part: str = ""  # a view of the rank's equal share of the base along this group
     pieces: tuple[Size, ...] = ()  # weights: full rows fused along dim 0, each sharded alone
     shard_dim: int = -1  # weights: the dim split over tp; -1 replicated
-    partial: bool = False  # a replicated weight of which every tensor rank has a part of the gradient
+    partial: bool = (
+        False  # a replicated weight of which every tensor rank has a part of the gradient
+    )
     init: str = "normal"  # normal, ones, zeros
 
     @property
@@ -114,9 +116,7 @@ def _embedding(op: Op) -> Work:
 def _embedding_backward(op: Op) -> Work:
     rows = op.dims["t"] * op.dims["n"]
     grad = rows * dtype_bytes(op.attrs.get("out_dtype", op.dtype))
-    return Work(
-        vector_flops=rows, read_bytes=rows * dtype_bytes(op.dtype) + grad, write_bytes=grad
-    )
+    return Work(vector_flops=rows, read_bytes=rows * dtype_bytes(op.dtype) + grad, write_bytes=grad)
 
 
 def _elementwise(reads: float, writes: float, flops: float) -> Callable[[Op], Work]:

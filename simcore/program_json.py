@@ -56,8 +56,10 @@ def program_to_json(program: Program) -> dict[str, Any]:
             for name, block in program.blocks.items()
         },
         "buffers": {
-            name: _without({f.name: getattr(buffer, f.name) for f in fields(buffer)},
-                           {k: v for k, v in DEFAULT_BUFFER.items() if k not in ("dims", "dtype")})
+            name: _without(
+                {f.name: getattr(buffer, f.name) for f in fields(buffer)},
+                {k: v for k, v in DEFAULT_BUFFER.items() if k not in ("dims", "dtype")},
+            )
             for name, buffer in program.buffers.items()
         },
         "bodies": {name: [list(call) for call in calls] for name, calls in program.bodies.items()},

@@ -75,7 +75,10 @@ def stage_layers(model: ModelSpec, parallel: ParallelStrategy) -> tuple[int, ...
     """Return the layers of every (virtual) stage, split as evenly as can be, earlier ones first."""
     stages = parallel.pp * parallel.virtual_stages
     if parallel.layers_per_stage:
-        if len(parallel.layers_per_stage) != stages or sum(parallel.layers_per_stage) != model.layers:
+        if (
+            len(parallel.layers_per_stage) != stages
+            or sum(parallel.layers_per_stage) != model.layers
+        ):
             raise InputError(
                 f"[parallel].layers_per_stage {list(parallel.layers_per_stage)} must list {stages} "
                 f"stages that sum to the model's {model.layers} layers."

@@ -35,14 +35,35 @@ FP32 = {"weights_dtype": "fp32", "compute_dtype": "fp32", "kv_dtype": "fp32"}
 LLAMA = ModelSpec("llama-like", 3, 16, 4, 2, 4, 24, 29, **FP32)  # 29: no degree divides it
 TIED = replace(LLAMA, name="tied", tied_embeddings=True)
 GPT2 = ModelSpec(
-    "gpt2-like", 3, 16, 4, 4, 4, 24, 29, ffn_kind="mlp", activation="gelu_tanh", norm="layernorm",
-    qkv_bias=True, out_bias=True, ffn_bias=True, position="learned", max_positions=16,
-    tied_embeddings=True, **FP32,
+    "gpt2-like",
+    3,
+    16,
+    4,
+    4,
+    4,
+    24,
+    29,
+    ffn_kind="mlp",
+    activation="gelu_tanh",
+    norm="layernorm",
+    qkv_bias=True,
+    out_bias=True,
+    ffn_bias=True,
+    position="learned",
+    max_positions=16,
+    tied_embeddings=True,
+    **FP32,
 )
-FALCON = replace(LLAMA, name="falcon-like", ffn_kind="mlp", activation="gelu", parallel_block=True,
-                 norm="layernorm", norms_per_layer=2)
-GEMMA3 = replace(LLAMA, name="gemma3-like", activation="gelu_tanh", qk_norm=True,
-                 norms_per_layer=4)
+FALCON = replace(
+    LLAMA,
+    name="falcon-like",
+    ffn_kind="mlp",
+    activation="gelu",
+    parallel_block=True,
+    norm="layernorm",
+    norms_per_layer=2,
+)
+GEMMA3 = replace(LLAMA, name="gemma3-like", activation="gelu_tanh", qk_norm=True, norms_per_layer=4)
 MODELS = {model.name: model for model in (LLAMA, TIED, GPT2, FALCON, GEMMA3)}
 TRAIN = TrainStep(global_batch=4, seq_len=8)
 
@@ -115,23 +136,35 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 BF16_CASES = [
     case("bf16-zero3", replace(LLAMA, weights_dtype="bf16", compute_dtype="bf16"), dp_shard=2),
-    case("bf16-zero1", replace(LLAMA, weights_dtype="bf16", compute_dtype="bf16"), dp_shard=2,
-         zero_stage=1),
+    case(
+        "bf16-zero1",
+        replace(LLAMA, weights_dtype="bf16", compute_dtype="bf16"),
+        dp_shard=2,
+        zero_stage=1,
+    ),
     case("bf16-tp", replace(LLAMA, weights_dtype="bf16", compute_dtype="bf16"), tp=2),
 ]
 PROMPT = Generation(batch=4, input_tokens=5, output_tokens=6)
 GENERATIONS = [
-    case("generate-single"), case("generate-gpt2", GPT2), case("generate-gemma3", GEMMA3), case("generate-dp", dp_replicate=2),
-    case("generate-tp", tp=2), case("generate-pp", pp=2), case("generate-gpt2-tp", GPT2, tp=2),
-    case("generate-tied-pp", TIED, pp=2), case("generate-tp-pp", tp=2, pp=2),
+    case("generate-single"),
+    case("generate-gpt2", GPT2),
+    case("generate-gemma3", GEMMA3),
+    case("generate-dp", dp_replicate=2),
+    case("generate-tp", tp=2),
+    case("generate-pp", pp=2),
+    case("generate-gpt2-tp", GPT2, tp=2),
+    case("generate-tied-pp", TIED, pp=2),
+    case("generate-tp-pp", tp=2, pp=2),
     case("generate-dp-tp", dp_shard=2, tp=2),
 ]
-EXACT = RunOptions(SEED, repeats=STEPS - 1, warmup=1, dtype="fp64", dump=("losses", "gradients"),
-                   timeout_s=60)
+EXACT = RunOptions(
+    SEED, repeats=STEPS - 1, warmup=1, dtype="fp64", dump=("losses", "gradients"), timeout_s=60
+)
 COUNTED = RunOptions(SEED, repeats=1, warmup=0, track_memory=True, count_flops=True, timeout_s=60)
 BF16 = replace(EXACT, dtype=None, dump=("losses",))
-GENERATE = RunOptions(SEED, repeats=1, warmup=1, dtype="fp64", dump=("tokens", "logits"),
-                      timeout_s=60)
+GENERATE = RunOptions(
+    SEED, repeats=1, warmup=1, dtype="fp64", dump=("tokens", "logits"), timeout_s=60
+)
 
 
 def generation_job(found: Case) -> GenerationJob:
@@ -140,7 +173,6 @@ def generation_job(found: Case) -> GenerationJob:
     prefill = lower_pass(found.model, found.parallel, PROMPT.batch, rows, 0)
     decode = lower_pass(found.model, found.parallel, PROMPT.batch, 1, rows)
     return GenerationJob(prefill, decode, PROMPT)
-
 
 
 @cache
@@ -196,15 +228,16 @@ def reference(name: str) -> tuple[list[float], Mapping[tuple[str, int], torch.Te
         loss = dense.loss(rows[:, :-1], rows[:, 1:])
         loss.backward()
         losses.append(float(loss.detach()))
-        gradients = gradients or {
-            key: value.grad.clone() for key, value in dense.named().items()
-        }
+        gradients = gradients or {key: value.grad.clone() for key, value in dense.named().items()}
         optimizer.step()
     return losses, gradients
 
 
 def gradient_shard(
-    program: Program, rank: int, name: str, layer: int,
+    program: Program,
+    rank: int,
+    name: str,
+    layer: int,
     gradients: Mapping[tuple[str, int], torch.Tensor],
 ) -> np.ndarray:
     """Cut from whole gradients what the flat buffer ``name`` of ``rank`` should hold."""
@@ -219,8 +252,9 @@ def gradient_shard(
         flat[buffer.offset : buffer.offset + buffer.elements] = part
     if kind == "g":
         return flat
-    group = next(op.group for op in program.blocks[f"{unit}.reduce"].ops
-                 if op.kind == "reduce_scatter")
+    group = next(
+        op.group for op in program.blocks[f"{unit}.reduce"].ops if op.kind == "reduce_scatter"
+    )
     place = group_ranks(program.mesh, group, rank).index(rank)
     size = program.buffers[name].elements
     return flat[place * size : (place + 1) * size]
@@ -283,12 +317,14 @@ def test_lower_precision_stays_near_the_reference(found: Case) -> None:
 
 # ---------------------------------------------------------------- generation
 
+
 @pytest.mark.parametrize("found", GENERATIONS, ids=lambda c: c.name)
 def test_generation_equals_the_dense_reference(found: Case) -> None:
     result = results(found.parallel.world)[found.name]
     dense = dense_model(found.model)
-    rows = torch.stack([sequence(SEED, i, PROMPT.input_tokens, found.model.vocab)
-                        for i in range(PROMPT.batch)])[:, : PROMPT.input_tokens]
+    rows = torch.stack(
+        [sequence(SEED, i, PROMPT.input_tokens, found.model.vocab) for i in range(PROMPT.batch)]
+    )[:, : PROMPT.input_tokens]
     with torch.no_grad():
         tokens = dense.generate(rows, PROMPT.output_tokens)
         logits = dense(torch.cat((rows, tokens), 1))[:, PROMPT.input_tokens - 1 : -1]

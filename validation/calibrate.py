@@ -87,8 +87,12 @@ def fit_kernels(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         coefficients, errors = fit_features(rows, FITTED[family])
         sizes = sorted(abs(e) for e in errors)
-        table[family] = {"coefficients": coefficients, "count": len(rows),
-                         "residual": statistics.median(sizes), "worst_residual": sizes[-1]}
+        table[family] = {
+            "coefficients": coefficients,
+            "count": len(rows),
+            "residual": statistics.median(sizes),
+            "worst_residual": sizes[-1],
+        }
     return table
 
 
@@ -127,10 +131,14 @@ def blocking_share(overlap: Mapping[str, float]) -> float:
     return min(1.0, max(0.0, extra / overlap["communication_s"]))
 
 
-def fit_profile(
-    records: Sequence[Mapping[str, Any]], alone: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the profile of a machine from its ranks' records (and one rank's record alone)."""
+def contention(alone: Mapping[str, float], together: Mapping[str, float]) -> dict[str, float]:
+    """Return the time of a rank alone over that of one among busy ranks, never above 1."""
+    rates = {"compute": "flops_per_s", "memory": "bytes_per_s"}
+    return {what: min(1.0, together[rate] / alone[rate]) for what, rate in rates.items()}
+
+
+def fit_profile(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the profile of a machine from its ranks' records."""
     first = records[0]
     kernels = fit_kernels(records)
     peaks = {name: statistics.mean(r["peaks"][name] for r in records) for name in first["peaks"]}
@@ -142,7 +150,7 @@ def fit_profile(
         "blocking": blocking_share(first["overlap"]) if "overlap" in first else 1.0,
         "messages": fit_messages(first["messages"]) if first.get("messages") else [1e-4, 1e-9],
         "peaks": peaks,
-        "alone": _alone(records, alone) if alone else 1.0,
+        "alone": contention(first["alone"], peaks) if first.get("alone") else {},
         "memory_bytes": first.get("memory_bytes", 0.0),
         "provenance": {
             "date": datetime.now(UTC).date().isoformat(),
@@ -154,19 +162,7 @@ def fit_profile(
     }
 
 
-def _alone(records: Sequence[Mapping[str, Any]], alone: Mapping[str, Any]) -> float:
-    """Return the median ratio of op times on one busy rank to those with all ranks busy."""
-    busy = {family: rows for family, rows in op_rows(records).items()}
-    ratios = []
-    for family, rows in op_rows([alone]).items():
-        for (_, quiet), (_, loud) in zip(rows, busy[family], strict=True):
-            ratios.append(quiet / loud)
-    return statistics.median(ratios)
-
-
-def calibrate(
-    path: Path | None = None, progress: Callable[[str], None] | None = None
-) -> Profile:
+def calibrate(path: Path | None = None, progress: Callable[[str], None] | None = None) -> Profile:
     """Measure this machine, write its profile to ``path``, and return it.
 
     Raises `RunError` where the ranks cannot be run.

@@ -60,10 +60,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     head = f"<thead><tr>{head}</tr></thead>\n" if heads else ""
     body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return (
-        f'<div class="wide"><table>{head}<tbody>\n{body}\n</tbody>'
-        "</table></div>"
-    )
+    return f'<div class="wide"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
 
 
 def facts(pairs: Mapping[str, Any]) -> str:
