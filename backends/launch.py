@@ -25,7 +25,7 @@ import numpy as np
 from simcore.errors import RunError
 from simcore.program import Program
 from simcore.program_json import program_to_json
-from simcore.timeline import Span, Timeline, timeline
+from simcore.timeline import Span, Timeline, met, timeline
 from simcore.workloads import Generation
 
 START_S = 120.0  # allowance for interpreters to start and torch to be imported
@@ -155,7 +155,7 @@ class RunResult:
 
     def timeline(self) -> Timeline:
         """Return the measured timeline; needs ``record_spans``."""
-        return timeline((span for rank in self.ranks for span in rank.spans), self.step_s)
+        return met(timeline((span for rank in self.ranks for span in rank.spans), self.step_s))
 
 
 def run_program(program: Program, options: RunOptions = RunOptions()) -> RunResult:

@@ -8,6 +8,7 @@ copies larger than the caches.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -340,6 +341,7 @@ def copies_of(case: Case) -> int:
 
 def time_case(case: Case, pool: Pool, meet: Callable[[], None]) -> float:
     """Return seconds per op, once every rank is ready."""
+    gc.collect()  # the last case's interpreter and its results
     copies, device = copies_of(case), pool.device
     pool.used = 0
     program = bench_program(case, copies)

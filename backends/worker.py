@@ -272,13 +272,20 @@ def _timed(runner: Runner, rank: Rank, run: Mapping[str, Any]) -> dict[str, Any]
         seconds.append(time.perf_counter() - start)
         if run["record_spans"]:
             spans.append(_plain_spans(runner, origin))
-    middle = sorted(range(len(seconds)), key=seconds.__getitem__)[len(seconds) // 2 :][:1]
     return {
         "seconds": seconds,
         "median_s": statistics.median(seconds) if seconds else None,
-        "spans": spans[middle[0]] if spans else [],
+        "spans": spans[_middle(seconds, rank, runner)] if spans else [],
         "results": results,
     }
+
+
+def _middle(seconds: Sequence[float], rank: Rank, runner: Runner) -> int:
+    """Return the median repeat: the same on every rank, judged by the slowest."""
+    slowest = torch.tensor(seconds, device=runner.interpreters[0].device)
+    if rank.world > 1:
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return int(slowest.argsort()[len(seconds) // 2])
 
 
 def measure(
@@ -429,6 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _settle_in(rank)
     data = json.loads(options.jobs.read_text())
     gc.disable()  # a collection inside a step would be timed with it
+    gc.freeze()
     try:
         for number, job in enumerate(data.get("jobs", [data])):
             gc.collect()

@@ -135,13 +135,12 @@ def validate(
 def calibrate(
     path: str | Path | None = None,
     *,
-    quick: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:
     """Measure this machine and return its profile, written to ``path`` or the default place."""
     from meshwise.execution import calibrate_machine
 
-    return calibrate_machine(None if path is None else Path(path), quick, progress)
+    return calibrate_machine(None if path is None else Path(path), progress)
 
 
 def models() -> list[str]:

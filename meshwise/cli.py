@@ -246,7 +246,6 @@ def calibrate(
         Path | None,
         typer.Option(metavar="FILE", help="Where to write the profile.", show_default=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and samples.")] = False,
     json: Json = False,
 ) -> None:
     """Measure this machine and write its profile."""
@@ -254,7 +253,7 @@ def calibrate(
     from meshwise.progress import Status
 
     with Status("measuring this machine") as status:
-        result = calibration_result(out, quick, status.say)
+        result = calibration_result(out, status.say)
     show(result, json)
 
 

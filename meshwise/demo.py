@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hwmodels.profile import default_path
+from hwmodels.profile import default_path, read_profile
 from meshwise.execution import calibrate_machine, load_warning
 from meshwise.prediction import provenance, question_of, strategy_table, strategy_text
 from meshwise.result import Result
@@ -91,12 +91,19 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def prepare(fresh: bool, say: Say) -> bool:
-    """Calibrate this machine if that was not done yet; return whether it was done now."""
-    if default_path().is_file() and not fresh:
+    """Calibrate this machine unless it has a profile that can be read; return whether it did."""
+    if not fresh and _has_profile():
         return False
     say("calibrating this machine (once; about a minute)")
     calibrate_machine(None, progress=say)
     return True
+
+
+def _has_profile() -> bool:
+    try:
+        return default_path().is_file() and bool(read_profile(default_path()).name)
+    except InputError:  # of an older version
+        return False
 
 
 def run_demo(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many
+from hwmodels.catalogue import THIS_CPU
 from hwmodels.profile import Profile, default_path, read_profile
 from meshwise import __version__
 from meshwise.prediction import Answer, provenance, strategy_table
@@ -127,7 +128,10 @@ def measured_metrics(
     room, reserve = setting.memory_bytes, setting.reserve_bytes
     if isinstance(work, Generation):
         assert isinstance(job, GenerationJob)
-        times = PassTimes(tuple(passes(job.method, work)), found.pass_seconds)
+        # Medians pass by pass need not sum to the median generation: share that out instead.
+        share = found.step_s / sum(found.pass_seconds)
+        seconds = tuple(share * each for each in found.pass_seconds)
+        times = PassTimes(tuple(passes(job.method, work)), seconds)
         metrics = generate_metrics(
             model, parallel, work, times, memory_bytes=room, reserve_bytes=reserve
         )
@@ -232,6 +236,7 @@ def validate_scenario(scenario: Scenario, profile: Path | str | None = None) -> 
     """Return measured metrics, with the prediction and its relative error."""
     setting = resolve(scenario, profile)
     runnable(scenario)
+    _check_comparable(scenario, setting)
     parallel = strategy_of(scenario, setting)
     predicted = predict_with(scenario, setting, parallel)
     measured = run_scenario(scenario, profile=profile, strategy=parallel)
@@ -250,6 +255,16 @@ def validate_scenario(scenario: Scenario, profile: Path | str | None = None) -> 
         assumptions=notes,
         warnings=(*setting.warnings, *predicted.warnings, *measured.warnings),
     )
+
+
+def _check_comparable(scenario: Scenario, setting: Setting) -> None:
+    """Raise `InputError` where the prediction is for other hardware than the run's."""
+    chip = setting.cluster.chip.name
+    if scenario.run.backend != "gpu" and chip != THIS_CPU:
+        raise InputError(
+            f"the scenario predicts {chip!r} but the ranks would run on this CPU: set "
+            f'[cluster].gpu = "{THIS_CPU}", or [run].backend = "gpu" on a machine that has it.'
+        )
 
 
 def predict_with(scenario: Scenario, setting: Setting, parallel: ParallelStrategy) -> Answer:
@@ -284,14 +299,11 @@ def machine_profile(profile: Path | str | None) -> Profile:
     return read_profile(path)
 
 
-def calibrate_machine(
-    path: Path | None, quick: bool = False, progress: Say | None = None
-) -> Profile:
+def calibrate_machine(path: Path | None, progress: Say | None = None) -> Profile:
     """Measure this machine and return its profile, written to ``path`` or the default place."""
     from validation.calibrate import calibrate
 
-    options: dict[str, Any] = {"quick": True} if quick else {}
-    return calibrate(path, progress=progress, **options)
+    return calibrate(path, progress=progress)
 
 
 def validate_grid_file(
@@ -322,9 +334,9 @@ def validate_grid_file(
     )
 
 
-def calibration_result(path: Path | None, quick: bool, progress: Say | None) -> Result:
+def calibration_result(path: Path | None, progress: Say | None) -> Result:
     """Return what a calibration found: where it was written, rates and residuals."""
-    profile = calibrate_machine(path, quick, progress)
+    profile = calibrate_machine(path, progress)
     fitted = {name: fit.residual for name, fit in profile.kernels.items() if fit.coefficients}
     metrics = {
         "profile": str(path or default_path()),

@@ -216,7 +216,9 @@ def _print_notes(result: Result) -> None:
     words = [
         f"{key} {origin[key]}" for key in ("meshwise", "engine", "cluster", "seed") if key in origin
     ]
-    console.print(_safe(", ".join([*words, f"scenario {result.scenario_hash}"])), style="dim")
+    if result.scenario_hash:
+        words.append(f"scenario {result.scenario_hash}")
+    console.print(_safe(", ".join(words)), style="dim")
 
 
 def result_html(result: Result) -> str:

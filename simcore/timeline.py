@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -168,3 +168,34 @@ def timeline(spans: Iterable[Span], step_s: float) -> Timeline:
     """Return the timeline of op-level spans."""
     listed = tuple(spans)
     return Timeline(step_s, listed, rank_times(listed, step_s))
+
+
+def met(line: Timeline) -> Timeline:
+    """Return a timeline whose communication begins when every rank has come to it.
+
+    A rank records when it posted a message or a collective; as in the simulator, waiting for the
+    others is idle time. A message ends when its receiver has it. Only where all followed ranks
+    share every communication, as two do.
+    """
+    spans = list(line.spans)
+    if len({span.rank for span in spans}) != 2:
+        return line
+    for places in shared_communication(spans):
+        start = max(spans[place].start_s for place in places)
+        ends = [spans[p].end_s for p in places if not spans[p].stream.startswith("send_")]
+        for place in places:
+            end = min([spans[place].end_s, *ends])
+            spans[place] = spans[place]._replace(start_s=min(start, end), end_s=end)
+    return timeline(spans, line.step_s)
+
+
+def shared_communication(spans: Sequence[Span]) -> list[list[int]]:
+    """Return the places of the spans that are one communication, seen from its two ranks."""
+    places: dict[tuple[str, int], list[int]] = {}
+    counts: Counter[tuple[int, str]] = Counter()
+    for place, span in enumerate(spans):
+        if span.stream != COMPUTE:
+            channel = span.stream.removeprefix("send_").removeprefix("recv_")
+            places.setdefault((channel, counts[span.rank, channel]), []).append(place)
+            counts[span.rank, channel] += 1
+    return [same for same in places.values() if len(same) == 2]

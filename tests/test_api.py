@@ -282,6 +282,8 @@ def test_runs_are_refused_before_anything_starts() -> None:
         mw.run(EXAMPLES / "gemm.toml")
     with pytest.raises(InputError, match="--rank"):
         mw.run(EXAMPLES / "llama70b_512xh100.toml")
+    with pytest.raises(InputError, match="this CPU"):
+        mw.validate(scenario())
     with pytest.raises(InputError, match="512 ranks"):
         mw.run(EXAMPLES / "llama70b_512xh100.toml", rank=512)
 

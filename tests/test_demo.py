@@ -94,13 +94,18 @@ def test_demo_prints_its_plans(quick: list[str], capsys: pytest.CaptureFixture[s
     assert "predicted step" in out
 
 
-def test_demo_calibrates_first_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_calibrates_first_where_nothing_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     done: list[object] = []
     monkeypatch.setattr(demo, "calibrate_machine", lambda *a, **k: done.append(a))
     monkeypatch.setattr(demo, "default_path", lambda: Path("/nowhere/profile.json"))
     assert demo.prepare(False, lambda text: None) is True
     assert len(done) == 1
     monkeypatch.setattr(demo, "default_path", lambda: ROOT / "README.md")
+    assert demo.prepare(False, lambda text: None) is True
+    path = profile_file(tmp_path)
+    monkeypatch.setattr(demo, "default_path", lambda: path)
     assert demo.prepare(False, lambda text: None) is False
     assert demo.prepare(True, lambda text: None) is True
 

@@ -12,7 +12,7 @@ from comparisons import GRID, PROFILE, SLOWER, comparison, fake_run_many, write_
 from simcore.errors import InputError
 from simcore.measurement import Measurement
 from simcore.ops import COMPUTE, Op
-from simcore.timeline import Span, timeline
+from simcore.timeline import Span, met, timeline
 from validation.compare import (
     Compared,
     Comparison,
@@ -20,7 +20,6 @@ from validation.compare import (
     bound_seconds,
     limited_by,
     lower_case,
-    met,
     ordered_pairs,
     percentile,
     rounds_of,

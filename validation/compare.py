@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -28,7 +27,7 @@ from simcore.estimate import estimate, representative
 from simcore.lower import check_generation, lower_pass, lower_training
 from simcore.measurement import Measurement
 from simcore.metrics import generation_seconds
-from simcore.ops import COMPUTE, Op, work
+from simcore.ops import Op, work
 from simcore.program import Program, coordinates, group_ranks
 from simcore.scenario import Scenario
 from simcore.strategy import ParallelStrategy, check_strategy
@@ -399,38 +398,7 @@ def measurement_of(case: Case, results: Sequence[RunResult]) -> Measurement:
 
 def typical(results: Sequence[RunResult], median_s: float) -> Timeline:
     """Return the timeline of the round closest to the median."""
-    return met(min(results, key=lambda result: abs(result.step_s - median_s)).timeline())
-
-
-def met(line: Timeline) -> Timeline:
-    """Return a timeline whose communication begins when every rank has come to it.
-
-    A rank records when it posted a message or a collective; as in the simulator, waiting for the
-    others is idle time. A message ends when its receiver has it. Only where all followed ranks
-    share every communication, as two do.
-    """
-    spans = list(line.spans)
-    if len({span.rank for span in spans}) != 2:
-        return line
-    for places in shared_communication(spans):
-        start = max(spans[place].start_s for place in places)
-        ends = [spans[p].end_s for p in places if not spans[p].stream.startswith("send_")]
-        for place in places:
-            end = min([spans[place].end_s, *ends])
-            spans[place] = spans[place]._replace(start_s=min(start, end), end_s=end)
-    return timeline(spans, line.step_s)
-
-
-def shared_communication(spans: Sequence[Span]) -> list[list[int]]:
-    """Return the places of the spans that are one communication, seen from its two ranks."""
-    places: dict[tuple[str, int], list[int]] = {}
-    counts: Counter[tuple[int, str]] = Counter()
-    for place, span in enumerate(spans):
-        if span.stream != COMPUTE:
-            channel = span.stream.removeprefix("send_").removeprefix("recv_")
-            places.setdefault((channel, counts[span.rank, channel]), []).append(place)
-            counts[span.rank, channel] += 1
-    return [same for same in places.values() if len(same) == 2]
+    return min(results, key=lambda result: abs(result.step_s - median_s)).timeline()
 
 
 # ---------------------------------------------------------------- comparison
