@@ -22,12 +22,13 @@ import torch.distributed as dist
 
 from backends.interpreter import Interpreter
 from backends.transport import Distributed, Handle, Local, Transport
-from simcore.ops import Buffer, Op
+from simcore.ops import Buffer, Op, work
 from simcore.program import Action, Block, Call, Program
 
 COLD_BYTES = 64e6  # copies of cold inputs fill at least this much: beyond most last-level caches
 WARM_BYTES = 16e6  # activations are met again from the last-level cache
 MAX_COPIES = 48
+ROUND_FLOPS = 3e9
 POOL_ELEMENTS = 64 * 2**20
 MIN_SAMPLE_S = 0.008
 SAMPLES = 3
@@ -336,7 +337,8 @@ def copies_of(case: Case) -> int:
     cold = sum(sizes[name] for name in case.cold)
     needed = COLD_BYTES / cold if cold else WARM_BYTES / max(sum(sizes.values()), 1.0)
     room = 4 * POOL_ELEMENTS / (sum(sizes.values()) + 1024)
-    return int(min(MAX_COPIES, room, max(2, needed)))
+    quick = ROUND_FLOPS / max(work(case.op).flops, 1.0)  # arithmetic hides what a cold input costs
+    return int(min(MAX_COPIES, room, max(2, min(needed, quick))))
 
 
 def time_case(case: Case, pool: Pool, meet: Callable[[], None]) -> float:

@@ -29,7 +29,7 @@ UNITS = (
     ("parameters", ""),
 )
 SHARES = ("mfu", "hfu", "mfu_causal", "gap", "blocking", "spread", "median_residuals")
-SHARE_ENDS = ("fraction", "error")
+SHARE_ENDS = ("_spread", "fraction", "error")
 PLAN_COLUMNS = (
     "step_s",
     "seconds",
@@ -150,6 +150,22 @@ def plan_rows(candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def compared_rows(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a grid's table: what was compared, each kind by its own metric."""
+    return [
+        {
+            "case": each["name"],
+            "predicted_s": each[f"predicted_{each['metric']}"],
+            "measured_s": each[f"measured_{each['metric']}"],
+            "error": each["error"],
+            "spread": each["spread"],
+            "baseline_error": each["baseline_error"],
+            "bound by": each["bound"],
+        }
+        for each in cases
+    ]
+
+
 def short_strategy(strategy: Mapping[str, Any]) -> str:
     """Return a strategy in a few words."""
     words = [
@@ -185,7 +201,8 @@ def print_result(result: Result) -> None:
         if metrics:
             print_table(metrics)
         for name, rows in tables.items():
-            print_rows(rows, label(name))
+            grid = name == "rows" and "baseline_error" in rows[0]
+            print_rows(compared_rows(rows) if grid else rows, "cases" if grid else label(name))
     _print_notes(result)
 
 

@@ -30,7 +30,8 @@ def sequences(program: Program, rank: int) -> list[tuple[str, ...]]:
 def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ...]]]:
     """Return which buffers die after which op, for every body of pipeline rank ``rank``.
 
-    A value lives from the op that defines it to its last use before the next definition.
+    A value lives from the op that defines it to its last use before the next definition: an op
+    that writes a buffer whole, without reading it.
     """
     keep = set(program.info.get("keep", ()))
     found: dict[str, dict[Position, tuple[Key, ...]]] = {}
@@ -39,11 +40,15 @@ def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ..
         for body in chain:
             inside: dict[Key, tuple[str, Position]] = {}
             for where, layer, op in positions(program, body):
-                for table in (last, inside):
-                    _collect(found, _redefined(program, op, layer, table))
-                for name in (*op.reads, *op.writes):
-                    scope = _scope(program, name)
-                    key = program.key(name, layer, 0)
+                read = {program.key(name, layer, 0) for name in op.reads}
+                written = {program.key(name, layer, 0): name for name in op.writes}
+                for key, name in written.items():
+                    if key not in read and not program.buffer(name).base:
+                        for table in (last, inside):
+                            if key in table:
+                                _collect(found, {key: table[key]})
+                for key in read.union(written):
+                    scope = program.buffers[key[0]].scope
                     if scope == "act" and key[0] not in keep:
                         last[key] = (body, where)
                     elif scope == "work":
@@ -51,15 +56,6 @@ def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ..
             _collect(found, inside)
         _collect(found, last)
     return found
-
-
-def _redefined(
-    program: Program, op: Op, layer: int, last: Mapping[Key, tuple[str, Position]]
-) -> dict[Key, tuple[str, Position]]:
-    """Return the entries of ``last`` whose buffers ``op`` writes anew, whole and unread."""
-    read = {program.key(name, layer, 0) for name in op.reads}
-    whole = (program.key(name, layer, 0) for name in op.writes if not program.buffer(name).base)
-    return {key: last[key] for key in whole if key in last and key not in read}
 
 
 def _scope(program: Program, name: str) -> str:

@@ -28,6 +28,11 @@ class Measurement:
         return statistics.median(self.samples_s)
 
     @property
+    def quietest_s(self) -> float:
+        """Smallest sample: other work on the machine only ever adds time."""
+        return min(self.samples_s)
+
+    @property
     def spread(self) -> float:
         """Range of the middle half of the samples over their median; of all, if there are few."""
         if len(self.samples_s) < 4:

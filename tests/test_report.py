@@ -29,7 +29,7 @@ from validation.plots import (
     schedule_figure,
     timeline_figure,
 )
-from validation.report import seconds_text, slugs, write_report
+from validation.report import seconds_text, slugs, verdict, write_report
 
 __all__ = ["comparison"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("error")
@@ -177,6 +177,15 @@ def test_the_page_tells_what_was_found(comparison: Comparison, tmp_path: Path) -
     assert f"{comparison.summary()['baseline_median_abs_error']:.1%}" in words
     assert "simulated" in words  # the fingerprint's device
     assert "2026-01-01" in words  # the profile's date
+
+
+def test_the_page_says_when_the_machine_was_not_quiet(comparison: Comparison) -> None:
+    assert "not quiet" not in verdict(comparison)
+    loud = [
+        replace(case, measurement=replace(case.measurement, samples_s=(1.0, 1.0, 3.0, 3.0)))
+        for case in comparison.cases
+    ]
+    assert "repeats of a case spread by 100%" in verdict(replace(comparison, cases=tuple(loud)))
 
 
 def test_every_picture_has_a_file(comparison: Comparison, tmp_path: Path) -> None:

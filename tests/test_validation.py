@@ -54,6 +54,7 @@ def case(name: str, predicted: float, measured: float, group: str = "g") -> Comp
 def test_a_measurement_is_the_median_and_its_spread_the_middle_half() -> None:
     found = Measurement("op", {"n": 4}, (1.0, 9.0, 2.0, 3.0, 4.0), source="test")
     assert found.median_s == 3.0
+    assert found.quietest_s == 1.0
     assert found.spread == pytest.approx((6.5 - 1.5) / 3.0)
     assert Measurement("op", {}, (1.0, 2.0)).spread == pytest.approx(1 / 1.5)
     assert json.loads(json.dumps(found.to_dict()))["samples_s"] == [1.0, 9.0, 2.0, 3.0, 4.0]
@@ -197,6 +198,10 @@ def test_the_summary_states_the_worst() -> None:
     assert (found["max_abs_error"], found["worst_case"]) == (pytest.approx(0.9), "9")
     assert found["ordered_right_fraction"] is None
     assert found["baseline_median_abs_error"] == pytest.approx(0.5)
+    assert (found["median_spread"], found["quietest_median_abs_error"]) == (
+        0.0,
+        pytest.approx(0.45),
+    )
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
 
 

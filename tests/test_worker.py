@@ -33,8 +33,9 @@ from backends.worker import RUN
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ModelSpec("small", 4, 32, 4, 2, 8, 48, 61, weights_dtype="fp32", compute_dtype="fp32",
-                  kv_dtype="fp32")
+MODEL = ModelSpec(
+    "small", 4, 32, 4, 2, 8, 48, 61, weights_dtype="fp32", compute_dtype="fp32", kv_dtype="fp32"
+)
 TRAIN = TrainStep(global_batch=4, seq_len=16)
 
 
@@ -68,8 +69,7 @@ def nothing_left(scratch: Path) -> bool:
     "parallel", [{}, {"dp_shard": 2, "tp": 2}, {"pp": 2, "tp": 2, "sequence_parallel": True}]
 )
 def test_programs_survive_json(parallel: dict[str, object]) -> None:
-    for found in (program(**parallel),
-                  lower_pass(MODEL, ParallelStrategy(**parallel), 4, 1, 16)):  # type: ignore[arg-type]
+    for found in (program(**parallel), lower_pass(MODEL, ParallelStrategy(**parallel), 4, 1, 16)):  # type: ignore[arg-type]
         text = json.dumps(program_to_json(found), allow_nan=False)
         assert program_from_json(json.loads(text)) == found
 
@@ -117,8 +117,9 @@ def test_wrong_number_of_ranks_is_one_sentence() -> None:
 def test_spans_and_seconds_of_two_ranks(scratch: Path) -> None:
     options = RunOptions(repeats=3, warmup=1, record_spans=True)
     seen: list[int] = []
-    dp, pp = run_many([Job(program(dp_replicate=2), options), Job(program(pp=2), options)],
-                      seen.append)
+    dp, pp = run_many(
+        [Job(program(dp_replicate=2), options), Job(program(pp=2), options)], seen.append
+    )
     assert seen == [1, 2]
     assert nothing_left(scratch)
     for result in (dp, pp):
@@ -155,8 +156,22 @@ def test_copies_of_two_folders_are_enough(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     job = {"program": program_to_json(program()), "run": {"repeats": 1, "warmup": 0}}
     (tmp_path / "program.json").write_text(json.dumps(job))
-    blocked = ("scipy", "pydantic", "simpy", "pyomo", "highspy", "typer", "rich", "matplotlib",
-               "joblib", "pandas", "hwmodels", "solvers", "validation", "meshwise")
+    blocked = (
+        "scipy",
+        "pydantic",
+        "simpy",
+        "pyomo",
+        "highspy",
+        "typer",
+        "rich",
+        "matplotlib",
+        "joblib",
+        "pandas",
+        "hwmodels",
+        "solvers",
+        "validation",
+        "meshwise",
+    )
     code = (
         "import runpy, sys\n"
         f"sys.modules.update(dict.fromkeys({blocked!r}))\n"  # None: importing it raises
@@ -164,8 +179,15 @@ def test_copies_of_two_folders_are_enough(tmp_path: Path) -> None:
         "runpy.run_module('backends.worker', run_name='__main__')\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True,
-                          capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "job0.rank0.json").read_text())
     assert record["median_s"] > 0

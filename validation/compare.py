@@ -75,6 +75,11 @@ class Compared:
         return self.predicted_s / self.measured_s - 1
 
     @property
+    def quietest_error(self) -> float:
+        """Predicted over the quietest repeat, less one."""
+        return self.predicted_s / self.measurement.quietest_s - 1
+
+    @property
     def baseline_error(self) -> float:
         """The baseline over measured, less one."""
         return self.baseline_s / self.measured_s - 1
@@ -100,6 +105,7 @@ class Compared:
             f"predicted_{self.metric}": self.predicted_s,
             f"measured_{self.metric}": self.measured_s,
             "error": self.error,
+            "quietest_error": self.quietest_error,
             "baseline_s": self.baseline_s,
             "baseline_error": self.baseline_error,
             "bound": self.bound,
@@ -138,6 +144,10 @@ class Comparison:
             "ordered_right_fraction": right / pairs if pairs else None,
             "baseline_median_abs_error": statistics.median(
                 abs(case.baseline_error) for case in self.cases
+            ),
+            "median_spread": statistics.median(case.measurement.spread for case in self.cases),
+            "quietest_median_abs_error": statistics.median(
+                abs(case.quietest_error) for case in self.cases
             ),
             "bounds": {b: sum(case.bound == b for case in self.cases) for b in BOUNDS},
         }
@@ -437,6 +447,8 @@ def assumptions_of(cases: Sequence[Case], profile: Profile) -> tuple[str, ...]:
         f"Predicted: the estimator with the profile {profile.name!r} "
         f"({about.get('date', 'undated')}, {about.get('measurements', 'an unknown number of')} "
         "measurements of single ops, collectives and messages).",
+        "The profile describes an undisturbed machine. The spread of a case is the range of the "
+        "middle half of its repeats over their median: what other work and the machine itself add.",
         "No case of the grid was used for calibration: the profile knows ops, not models.",
         "Baseline: matrix-product FLOPs of the busiest rank over the measured peak "
         f"({profile.peaks['flops_per_s'] / 1e9:.4g} GFLOP/s), nothing else.",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 OPEN_TIMELINES = 4  # the others are folded
+NOISY = 0.15  # median spread of repeats from which the report says so
 RANKED = 3  # cases of one model and batch from which a ranking is worth a picture
 
 
@@ -141,10 +142,17 @@ def verdict(comparison: Comparison) -> str:
     within = sum(abs(case.error) <= 0.15 for case in comparison.cases)
     lean = "too fast" if found["mean_error"] < 0 else "too slow"
     bounds = ", ".join(f"{count} by {name}" for name, count in found["bounds"].items() if count)
+    noise = (
+        f" The machine was not quiet: repeats of a case spread by {found['median_spread']:.0%}. "
+        f"Against the quietest repeat of each case the median error is "
+        f"{found['quietest_median_abs_error']:.1%}."
+        if found["median_spread"] > NOISY
+        else ""
+    )
     return (
         f"{found['cases']} cases were predicted, then really run. {within} lie within 15 %; on "
         f"average the prediction is {abs(found['mean_error']):.1%} {lean}. By the prediction, "
-        f"cases are bound: {bounds}."
+        f"cases are bound: {bounds}.{noise}"
     )
 
 
