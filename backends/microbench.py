@@ -12,7 +12,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ MAX_COPIES = 48
 ROUND_FLOPS = 3e9
 POOL_ELEMENTS = 64 * 2**20
 MIN_SAMPLE_S = 0.008
+SHORTEST_S = 1e-7
 SAMPLES = 3
 WARM_ROUNDS = 2  # the allocator and the caches settle
 MESH = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
@@ -312,18 +313,31 @@ class Pool:
         return found
 
 
+SWEEP = Op("fill", {"n": 2**19}, "fp32", (), ("sweep",))  # 2 MiB: a core's own caches
+SWEEP_BUFFERS = {"sweep": Buffer((2**19,), "fp32", "state", layered=False)}
+
+
+def swept(case: Case) -> bool:
+    """Whether the op is so small that a loop of it alone would find the core's caches warm.
+
+    In a step other ops' data have passed through them in between, and the interpreter's own.
+    """
+    size = sum(float(buffer.size_bytes) for buffer in case.buffers.values())
+    return size < float(SWEEP_BUFFERS["sweep"].size_bytes)
+
+
 def bench_program(case: Case, copies: int) -> Program:
     """Return a program whose one action runs the op on ``copies`` sets of buffers.
 
     Results are kept until the next round, as a step keeps activations for the backward.
     """
-    block = Block("op", (case.op,))
+    block = Block("op", (case.op, SWEEP) if swept(case) else (case.op,))
     body = tuple(Call("op", layer) for layer in range(copies))
     kept = tuple(name for name, buffer in case.buffers.items() if buffer.scope == "act")
     return Program(
         MESH,
         {"op": block},
-        case.buffers,
+        {**SWEEP_BUFFERS, **case.buffers},
         {"0F": body},
         ((Action(0, "F", 0),),),
         (0,),
@@ -341,8 +355,8 @@ def copies_of(case: Case) -> int:
     return int(min(MAX_COPIES, room, max(2, min(needed, quick))))
 
 
-def time_case(case: Case, pool: Pool, meet: Callable[[], None]) -> float:
-    """Return seconds per op, once every rank is ready."""
+def time_case(case: Case, pool: Pool, meet: Callable[[], None], sweep_s: float = 0.0) -> float:
+    """Return seconds per op, once every rank is ready; ``sweep_s`` is that of a sweep alone."""
     gc.collect()  # the last case's interpreter and its results
     copies, device = copies_of(case), pool.device
     pool.used = 0
@@ -350,10 +364,10 @@ def time_case(case: Case, pool: Pool, meet: Callable[[], None]) -> float:
     runner = Interpreter(program, 0, Local(MESH, 0), device)
     runner.context.cached = case.cached
     runner.context.rows = max(case.cached + 1, 1024)
-    for name, buffer in case.buffers.items():
+    for name, buffer in program.buffers.items():
         if buffer.scope == "state":
-            for layer in range(copies):
-                runner.tensors[name, layer, -1] = pool.cut(buffer)
+            for layer in range(copies if buffer.layered else 1):
+                runner.tensors[program.key(name, layer, 0)] = pool.cut(buffer)
     action = Action(0, "F", 0)
     for _ in range(WARM_ROUNDS):
         runner.run_action(action)
@@ -368,7 +382,8 @@ def time_case(case: Case, pool: Pool, meet: Callable[[], None]) -> float:
     for _ in range(rounds):
         runner.run_action(action)
     _synchronise(device)
-    return (time.perf_counter() - start) / rounds / copies
+    each = (time.perf_counter() - start) / rounds / copies
+    return max(each - sweep_s, SHORTEST_S) if swept(case) else each
 
 
 def _synchronise(device: torch.device) -> None:
@@ -383,15 +398,11 @@ def family_name(op: Op) -> str:
     return "attention.cached" if op.kind == "attention" and len(op.reads) > 1 else op.kind
 
 
-def measure_ops(device: torch.device, meet: Callable[[], None]) -> list[dict[str, Any]]:
-    """Return one record per case; its samples lie minutes apart, so that no one spell of noise
-    reaches them all."""
-    cases = [(group, case) for group, make in CASES.items() for case in make()]
-    samples: list[list[float]] = [[] for _ in cases]
-    pool = Pool(device)
-    for _ in range(SAMPLES):
-        for (_, case), found in zip(cases, samples, strict=True):
-            found.append(time_case(case, pool, meet))
+def measure_ops(
+    cases: Sequence[tuple[str, Case]], pool: Pool, meet: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Return one record per case, with one sample."""
+    sweep_s = time_case(Case(SWEEP, SWEEP_BUFFERS), pool, meet)
     return [
         {
             "group": group,
@@ -400,9 +411,17 @@ def measure_ops(device: torch.device, meet: Callable[[], None]) -> list[dict[str
             "dims": dict(case.op.dims),
             "attrs": dict(case.op.attrs),
             "reads": list(case.op.reads),
-            "samples": found,
+            "samples": [time_case(case, pool, meet, sweep_s)],
         }
-        for (group, case), found in zip(cases, samples, strict=True)
+        for group, case in cases
+    ]
+
+
+def pooled(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return each measurement with its samples of all rounds."""
+    return [
+        {**same[0], "samples": [sample for each in same for sample in each["samples"]]}
+        for same in zip(*rounds, strict=True)
     ]
 
 
@@ -422,7 +441,7 @@ def measure_collectives(transport: Transport, ranks: int) -> list[dict[str, Any]
                 "reduce_scatter": partial(transport.reduce_scatter, part, whole, "tp"),
             }
             rounds = max(3, min(50, int(0.02 / (2e-4 + size / 1e9))))
-            samples = _time_rounds(partial(_complete, calls[kind]), rounds)
+            samples = _time_rounds(partial(_complete, calls[kind]), rounds, samples=3)
             found.append(
                 {
                     "op": kind,
@@ -547,14 +566,20 @@ def measure(rank: int, ranks: int) -> dict[str, Any]:
     started = time.perf_counter()
     meet = dist.barrier if ranks > 1 else _nobody
     record: dict[str, Any] = {"rank": rank, "ranks": ranks, "peaks": measure_peaks(meet)}
+    transport: Transport = Local(MESH, 0)
     if ranks > 1:
         transport = Distributed({**MESH, "tp": ranks}, rank, {"tp"})
-        record["collectives"] = measure_collectives(transport, ranks)
         record["messages"] = measure_messages(rank) if ranks == 2 else []
         record["overlap"] = measure_overlap(transport)
         record["issue_s"] = measure_issue(transport)
         record["alone"] = measure_peaks(_nobody) if rank == 0 else {}
         meet()
-    record["ops"] = measure_ops(torch.device("cpu"), meet)
+    cases = [(group, case) for group, make in CASES.items() for case in make()]
+    pool = Pool(torch.device("cpu"))
+    ops, collectives = [], []
+    for _ in range(SAMPLES):  # far apart, so that no one spell of noise reaches all samples
+        ops.append(measure_ops(cases, pool, meet))
+        collectives.append(measure_collectives(transport, ranks) if ranks > 1 else [])
+    record |= {"ops": pooled(ops), "collectives": pooled(collectives)}
     record["seconds"] = time.perf_counter() - started
     return record

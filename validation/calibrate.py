@@ -145,7 +145,7 @@ def fit_profile(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "name": "this-cpu",
         "kernels": kernels,
-        "collectives": fit_collectives(records) if "collectives" in first else [],
+        "collectives": fit_collectives(records) if first.get("collectives") else [],
         "issue_s": first.get("issue_s", 0.0),
         "blocking": blocking_share(first["overlap"]) if "overlap" in first else 1.0,
         "messages": fit_messages(first["messages"]) if first.get("messages") else [1e-4, 1e-9],
