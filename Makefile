@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## Plan a training step, run the top plans on two CPU ranks, compare, report
 	@$(BIN)/python -m meshwise demo
 
-test: install  ## Run the tests
-	@$(BIN)/python -m pytest
+test: install  ## Run the tests and the notebooks
+	@$(BIN)/python -m pytest --nbmake tests notebooks
 
 lint: install  ## Check style, types and the layers
 	@$(BIN)/ruff check .
