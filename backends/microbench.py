@@ -391,13 +391,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def family_name(op: Op) -> str:
-    """Return the key under which the op's measurements are fitted."""
-    if op.kind == "matmul":
-        return f"matmul.{op.attrs['layout']}"
-    return "attention.cached" if op.kind == "attention" and len(op.reads) > 1 else op.kind
-
-
 def measure_ops(
     cases: Sequence[tuple[str, Case]], pool: Pool, meet: Callable[[], None]
 ) -> list[dict[str, Any]]:
@@ -406,7 +399,6 @@ def measure_ops(
     return [
         {
             "group": group,
-            "family": family_name(case.op),
             "kind": case.op.kind,
             "dims": dict(case.op.dims),
             "attrs": dict(case.op.attrs),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hwmodels.kernels import FEATURES, elements
+from hwmodels.kernels import FEATURES, elements, family
 from hwmodels.profile import Profile, default_path, read_profile, write_atomically
 from simcore.ops import Op
 
@@ -47,7 +47,7 @@ def op_rows(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Op, fl
         row = same[0]
         op = Op(row["kind"], row["dims"], "fp32", tuple(row["reads"]), (), attrs=row["attrs"])
         quietest = [min(each["samples"]) for each in same]
-        found[row["family"]].append((op, statistics.mean(quietest)))
+        found[family(op)].append((op, statistics.mean(quietest)))
     return found
 
 
@@ -81,13 +81,13 @@ def points_of(rows: Rows) -> list[list[float]]:
 def fit_kernels(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the profile's kernel table."""
     table: dict[str, Any] = {}
-    for family, rows in op_rows(records).items():
-        if family not in FITTED:
-            table[family] = {"points": points_of(rows), "count": len(rows)}
+    for name, rows in op_rows(records).items():
+        if name not in FITTED:
+            table[name] = {"points": points_of(rows), "count": len(rows)}
             continue
-        coefficients, errors = fit_features(rows, FITTED[family])
+        coefficients, errors = fit_features(rows, FITTED[name])
         sizes = sorted(abs(e) for e in errors)
-        table[family] = {
+        table[name] = {
             "coefficients": coefficients,
             "count": len(rows),
             "residual": statistics.median(sizes),
@@ -138,20 +138,19 @@ def contention(alone: Mapping[str, float], together: Mapping[str, float]) -> dic
 
 
 def fit_profile(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the profile of a machine from its ranks' records."""
+    """Return the profile of a machine from the records of its two ranks."""
     first = records[0]
     kernels = fit_kernels(records)
     peaks = {name: statistics.mean(r["peaks"][name] for r in records) for name in first["peaks"]}
     return {
         "name": "this-cpu",
         "kernels": kernels,
-        "collectives": fit_collectives(records) if first.get("collectives") else [],
-        "issue_s": first.get("issue_s", 0.0),
-        "blocking": blocking_share(first["overlap"]) if "overlap" in first else 1.0,
-        "messages": fit_messages(first["messages"]) if first.get("messages") else [1e-4, 1e-9],
+        "collectives": fit_collectives(records),
+        "issue_s": first["issue_s"],
+        "blocking": blocking_share(first["overlap"]),
+        "messages": fit_messages(first["messages"]),
         "peaks": peaks,
-        "alone": contention(first["alone"], peaks) if first.get("alone") else {},
-        "memory_bytes": first.get("memory_bytes", 0.0),
+        "alone": contention(first["alone"], peaks),
         "provenance": {
             "date": datetime.now(UTC).date().isoformat(),
             "ranks": len(records),
