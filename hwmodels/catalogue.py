@@ -66,6 +66,9 @@ _CHIP_KEYS: dict[str, Rule] = {
     "host_link": (_TEXT, False),
     "price_per_hour": (_NOT_NEGATIVE, False),
     "calibrated": (_FLAG, False),
+    "architecture": (_TEXT, False),
+    "on_chip_bytes": (_POSITIVE, False),
+    "process_nm": (_POSITIVE, False),
     "sources": (_SOURCES, True),
     "profile": (_TABLE, False),
 }

@@ -31,6 +31,9 @@ class Chip:
     scale_up: str = ""  # default link inside a node
     host_link: str = ""
     price_per_hour: float | None = None  # US dollars
+    architecture: str = ""  # "hopper"; chips of one architecture share the curves of kernels
+    on_chip_bytes: float = 0.0  # memory that a kernel addresses, per unit (shared memory, SBUF)
+    process_nm: float = 0.0  # manufacturing node, in the foundry's name for it
     sources: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     calibrated: bool = False  # True where the numbers were measured on the machine at hand
