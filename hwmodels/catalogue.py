@@ -47,6 +47,7 @@ _RATES = (
     "a table of dtype = FLOP/s, each above 0",
 )
 _TIERS = (lambda v: isinstance(v, list) and bool(v), "a list of [[tiers]] tables")
+_CHIP_KIND = (lambda v: v in ("accelerator", "cpu"), "accelerator or cpu")
 _KIND = (lambda v: v in LINK_KINDS, f"one of {', '.join(LINK_KINDS)}")
 _SHARE = (lambda v: _number(v) and 0 < v <= 1, "a number above 0, at most 1")
 
@@ -65,7 +66,9 @@ _CHIP_KEYS: dict[str, Rule] = {
     "scale_up": (_TEXT, False),
     "host_link": (_TEXT, False),
     "price_per_hour": (_NOT_NEGATIVE, False),
+    "price_usd": (_POSITIVE, False),
     "calibrated": (_FLAG, False),
+    "kind": (_CHIP_KIND, False),
     "architecture": (_TEXT, False),
     "on_chip_bytes": (_POSITIVE, False),
     "process_nm": (_POSITIVE, False),
@@ -273,14 +276,27 @@ def make_cluster(
     return Cluster(name, chip, gpus_per_node, nodes, up, out.shared(gpus_per_node))
 
 
-# The adapter of the reference systems of each scale-up generation (DGX A100, DGX H100, DGX B200,
-# GB200 NVL72 and MI300X platforms have one per chip); anything else gets plain Ethernet.
+# The adapters of the reference systems of each scale-up generation (DGX A100, DGX H100, DGX B200,
+# GB200 NVL72 and MI300X platforms have one per chip, Gaudi boxes three ports of each card, TPU
+# hosts share two of 100 Gb/s); anything else gets plain Ethernet.
 _SCALE_OUT = {
     "nvlink3": "ib-hdr-200",
+    "nvlink3-a800": "ib-hdr-200",
     "nvlink4": "ib-ndr-400",
+    "nvlink4-h800": "ib-ndr-400",
     "nvlink5": "ib-ndr-400",
     "infinity-fabric-mi300x": "ib-ndr-400",
+    "infinity-fabric-mi355x": "ib-ndr-400",
     "infinity-fabric-mi250x": "slingshot11x4",
+    "ici-v3": "tpu-dcn",
+    "ici-v4": "tpu-dcn",
+    "ici-v5e": "tpu-dcn",
+    "ici-v5p": "tpu-dcn",
+    "ici-v6e": "tpu-dcn",
+    "neuronlink3": "efa-200",
+    "gaudi2-roce": "gaudi2-scale-out",
+    "gaudi3-roce": "gaudi3-scale-out",
+    "hccs-910b": "roce-200",
     "loopback": "loopback",
 }
 

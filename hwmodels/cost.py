@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from hwmodels.collectives import GroupLayout, collective_seconds
+import numpy as np
+
+from hwmodels.collectives import (
+    Footprint,
+    GroupLayout,
+    collective_seconds,
+    deviation,
+    footprint,
+)
+from hwmodels.curves import Choice, Curve, choose_curves
 from hwmodels.hardware import Cluster
-from hwmodels.kernels import kernel_seconds
+from hwmodels.hosts import NO_HOST, Host
+from hwmodels.kernels import KERNELS, family, fitted, product_dtype, roofline
 from hwmodels.profile import Profile
 from hwmodels.topology import Topology, make_topology, max_min_rates, members_per_node
 from simcore.ops import Op, Size, work
 from simcore.program import axis_degree
 
+# log(real / predicted) of prices that rest on no measurement: a factor of 1.5 either way in 80 %.
+DATASHEET_DEVIATION = 0.32
 ATTENTION_KINDS = ("attention", "attention_backward")
 
 
@@ -20,14 +33,22 @@ ATTENTION_KINDS = ("attention", "attention_backward")
 class ClusterCost:
     """Seconds of ops on one rank of ``mesh`` over ``cluster``, and its network.
 
-    Without a profile kernels follow the datasheet's roofline.
+    ``profile``: what was measured on this very machine. Without one an accelerator's kernels follow
+    the curves of ``implementation`` (all libraries alike where it is ""), a CPU's the roofline.
+    ``host``: what it takes to launch an accelerator's kernels.
     """
 
     cluster: Cluster
     mesh: Mapping[str, int]
     profile: Profile | None = None
+    implementation: str = ""
+    host: Host = NO_HOST
+    curves: tuple[Curve, ...] | None = None  # None: those shipped
     topology: Topology = field(init=False)
     layouts: dict[str, GroupLayout] = field(default_factory=dict)
+    choices: dict[tuple[str, str], Choice] = field(default_factory=dict)
+    priced: dict[Any, Size] = field(default_factory=dict)
+    footprints: dict[Any, Footprint] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "topology", make_topology(self.cluster))
@@ -35,7 +56,7 @@ class ClusterCost:
     @property
     def synchronous(self) -> bool:
         """A CPU rank computes in the thread that issues."""
-        return self.profile is not None or self.cluster.chip.vendor == "generic"
+        return self.profile is not None or self.cluster.chip.kind == "cpu"
 
     def layout(self, group: str) -> GroupLayout:
         """Return how the groups along ``group`` lie on nodes."""
@@ -52,12 +73,55 @@ class ClusterCost:
         return self.layouts[group]
 
     def seconds(self, op: Op) -> Size:
-        """Return the seconds of ``op`` on its stream."""
+        """Return the seconds of ``op`` on its stream; equal ops of one size are priced once."""
+        key = (op.kind, op.dtype, op.group, tuple(op.dims.items()), tuple(op.attrs.items()))
+        try:
+            if key not in self.priced:
+                self.priced[key] = self._seconds(op)
+            return self.priced[key]
+        except TypeError:  # arrays, of many sizes at once, have no hash
+            return self._seconds(op)
+
+    def _seconds(self, op: Op) -> Size:
         if not op.is_communication:
-            fits = self.profile.kernels if self.profile else {}
-            return kernel_seconds(op, self.cluster.chip, fits) * self._contention(op)
+            return self._kernel_seconds(op)
         fit = self.profile.collectives if self.profile else None
-        return collective_seconds(op.kind, work(op).payload_bytes, self.layout(op.group), fit=fit)
+        payload = work(op).payload_bytes
+        group = self.layout(op.group)
+        return collective_seconds(op.kind, payload, group, fit=fit, dtype=op.dtype)
+
+    def _kernel_seconds(self, op: Op) -> Size:
+        if op.kind == "alias":
+            return 0.0
+        chip = self.cluster.chip
+        measured = self.profile.kernels.get(family(op)) if self.profile else None
+        if measured is not None:
+            return fitted(op, measured) * self._contention(op)
+        if self.synchronous:
+            return roofline(op, chip)
+        name, shape = KERNELS[op.kind](op)
+        return self.choice(name, product_dtype(op)).seconds(shape, chip, cold=True)
+
+    def uncertainty(self, op: Op) -> tuple[str, Size]:
+        """Return what ``op``'s seconds rest on and the standard deviation of their logarithm."""
+        if op.is_communication:
+            link = self.cluster.scale_up.name
+            return "collectives", deviation(op.kind, work(op).payload_bytes, link)
+        measured = self.profile.kernels.get(family(op)) if self.profile else None
+        if measured is not None:
+            # Of a normal variable, the median absolute value is 0.6745 standard deviations.
+            return family(op), measured.residual / 0.6745
+        if self.synchronous or op.kind == "alias":
+            return "datasheet", DATASHEET_DEVIATION
+        name, shape = KERNELS[op.kind](op)
+        return name, self.choice(name, product_dtype(op)).deviation(shape, self.cluster.chip)
+
+    def choice(self, name: str, dtype: str) -> Choice:
+        """Return the curves that price a kernel family in ``dtype``."""
+        if (name, dtype) not in self.choices:
+            found = choose_curves(name, self.cluster.chip, dtype, self.implementation, self.curves)
+            self.choices[name, dtype] = found
+        return self.choices[name, dtype]
 
     def _contention(self, op: Op) -> float:
         """Measured kernels had every rank busy; a rank alone has the memory to itself."""
@@ -67,10 +131,35 @@ class ClusterCost:
         return self.profile.alone.get(limit, 1.0)
 
     def issue_seconds(self, op: Op) -> Size:
-        """Return the host's time to start ``op``; measured kernels contain their own."""
+        """Return the host's time to start ``op``; a CPU's measured kernels contain their own."""
         if self.profile is None:
-            return 0.0
+            return 0.0 if op.kind == "alias" else self.host.issue_s
         return self.profile.issue_s if op.kind in ("send", "recv") else 0.0
+
+    def slowdown(self, op: Op, beside: Op) -> Size:
+        """Return how many times longer ``op`` takes beside a collective; 1 where it was measured.
+
+        The two share the chip's units and its memory (`hwmodels.collectives.sharing`).
+        """
+        if self.synchronous or op.kind == "alias":
+            return 1.0
+        chip, done = self.cluster.chip, work(op)
+        moving = (done.read_bytes + done.write_bytes) / chip.hbm.bytes_per_s
+        bound = np.minimum(moving / self.seconds(op), 1.0)
+        return self._footprint(beside).slowdown(bound)
+
+    def _footprint(self, op: Op) -> Footprint:
+        payload, group = work(op).payload_bytes, self.layout(op.group)
+        if np.ndim(payload):
+            return footprint(op.kind, payload, group, self.cluster.chip)
+        key = op.kind, op.group, payload
+        if key not in self.footprints:
+            self.footprints[key] = footprint(op.kind, payload, group, self.cluster.chip)
+        return self.footprints[key]
+
+    def pass_overhead_seconds(self, sequences: Size) -> Size:
+        """Return the seconds of software that a pass over ``sequences`` adds to its ops."""
+        return self.host.pass_seconds(sequences)
 
     def blocking_share(self, op: Op) -> float:
         """Return the share of a communication in which its rank cannot compute."""

@@ -30,9 +30,11 @@ class Chip:
     power_w: float
     scale_up: str = ""  # default link inside a node
     host_link: str = ""
-    price_per_hour: float | None = None  # US dollars
+    price_per_hour: float | None = None  # US dollars, rented
+    price_usd: float | None = None  # US dollars, bought
     architecture: str = ""  # "hopper"; chips of one architecture share the curves of kernels
     on_chip_bytes: float = 0.0  # memory that a kernel addresses, per unit (shared memory, SBUF)
+    kind: str = "accelerator"  # or "cpu": computes in the thread that issues
     process_nm: float = 0.0  # manufacturing node, in the foundry's name for it
     sources: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()

@@ -1,7 +1,8 @@
-"""Seconds of compute ops on a chip, one function per op kind.
+"""Seconds of compute ops on a chip: which kernel family an op belongs to, and its shape there.
 
-Without measurements an op takes its launch plus the roofline (Williams et al. 2009):
-max(FLOPs / peak, bytes / bandwidth). A calibrated profile replaces that, kind by kind.
+An accelerator's op is priced by its family (`hwmodels.families`) with the curves fitted to its
+chip or to its nearest relative. A CPU's is priced by what was measured on it, kind by kind, else
+by launch plus the roofline (Williams et al. 2009): max(FLOPs / peak, bytes / bandwidth).
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from hwmodels.families.family import Shape
+from hwmodels.families.matmul import LAYOUTS
 from hwmodels.hardware import Chip
+from simcore.dtypes import dtype_bytes
 from simcore.errors import InputError
 from simcore.ops import COMMUNICATION, WORK, Op, Size, work
 
@@ -100,15 +104,79 @@ def fitted(op: Op, fit: KernelFit) -> Size:
     return sum(value * FEATURES[name](op) for name, value in fit.coefficients.items())
 
 
-KERNELS: dict[str, Callable[[Op, Chip], Size]] = dict.fromkeys(
-    (kind for kind in WORK if kind not in COMMUNICATION), roofline
-)
+# -- families ------------------------------------------------------------------------------------
 
 
-def kernel_seconds(op: Op, chip: Chip, fits: Mapping[str, KernelFit]) -> Size:
-    """Return the seconds of a compute op: from the profile where it knows the kind."""
-    fit = fits.get(family(op))
-    return fitted(op, fit) if fit else KERNELS[op.kind](op, chip)
+def _matmul(op: Op) -> tuple[str, Shape]:
+    sizes = {name: op.dims[name] for name in ("m", "n", "k")}
+    return "matmul", {**sizes, **LAYOUTS[op.attrs["layout"]]}
+
+
+def _heads(op: Op) -> Shape:
+    d = op.dims
+    shape = {
+        "batch": d["b"],
+        "seq_len": d["s"],
+        "kv_len": d["kv"],
+        "heads": d["h"],
+        "kv_heads": d["hkv"],
+        "head_dim": (d["d"] + d["dv"]) / 2,
+        "window": op.attrs.get("window", 0),
+        "kv_bytes": dtype_bytes(op.attrs.get("kv_dtype", op.dtype)),
+    }
+    return shape if op.attrs.get("causal", True) else without_mask(shape)
+
+
+def visible_pairs(queries: Size, keys: Size, window: Size) -> Size:
+    """Return the (query, key) pairs of a sequence and head that causality and a window leave.
+
+    ``keys`` are those that the last query sees; a window of 0 is none.
+    """
+    first = keys - queries + 1
+    width = np.where(np.asarray(window) > 0, window, keys)
+    turn = np.clip(width, first - 1, keys)  # the last query that sees all keys before it
+    return (turn - first + 1) * (first + turn) / 2 + (keys - turn) * width
+
+
+def without_mask(shape: Shape) -> Shape:
+    """Return the causal call in which queries see as many keys as they do here without a mask.
+
+    Its mean query sees (seq_len - 1) / 2 keys fewer than its last one.
+    """
+    return {**shape, "kv_len": shape["kv_len"] + (shape["seq_len"] - 1) / 2}
+
+
+def _attention(op: Op) -> tuple[str, Shape]:
+    """One new row runs the decode kernels, several run those of prefill."""
+    shape = _heads(op)
+    if np.all(op.dims["s"] == 1):
+        return "attention_decode", {k: v for k, v in shape.items() if k != "seq_len"}
+    return "attention_prefill", shape
+
+
+def _attention_backward(op: Op) -> tuple[str, Shape]:
+    return "attention_backward", _heads(op)
+
+
+def _memory(op: Op) -> tuple[str, Shape]:
+    return "memory", {"moved_bytes": moved_bytes(op), "vector_flops": work(op).vector_flops}
+
+
+# op kind -> (family, its columns); every compute kind has one.
+KERNELS: dict[str, Callable[[Op], tuple[str, Shape]]] = {
+    **{kind: _memory for kind in WORK if kind not in COMMUNICATION},
+    "matmul": _matmul,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+}
+
+
+def product_dtype(op: Op) -> str:
+    """Return the format that prices an op: narrower weights are converted to its own on the way."""
+    weight = op.attrs.get("weight_dtype", op.dtype)
+    if op.kind == "matmul" and dtype_bytes(weight) < dtype_bytes(op.dtype):
+        return f"{weight}_wo"
+    return op.dtype
 
 
 def read_kernel_fits(table: Mapping[str, Any], where: str) -> dict[str, KernelFit]:

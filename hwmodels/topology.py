@@ -148,23 +148,40 @@ def max_min_rates(flows: Sequence[Sequence[int]], capacities: ArrayLike) -> Arra
     All rates rise together; when a link is full its flows stop, the others go on. A flow over no
     link has an infinite rate; one that crosses a link twice takes its rate there twice.
     """
-    room = np.array(capacities, dtype=np.float64)
     owner = np.repeat(np.arange(len(flows)), [len(flow) for flow in flows])
     link = np.array([x for flow in flows for x in flow], dtype=np.intp)
-    rates = np.full(len(flows), np.inf)
-    active = np.zeros(len(flows), dtype=np.bool_)
+    return fair_rates(owner, link, np.ones(link.size), len(flows), capacities)
+
+
+def fair_rates(
+    owner: NDArray[np.intp],
+    link: NDArray[np.intp],
+    weight: Array,
+    count: int,
+    capacities: ArrayLike,
+) -> Array:
+    """Return the max-min fair rates of ``count`` flows, or classes of equal flows.
+
+    The arrays hold one entry per crossing: flow ``owner`` at rate r takes ``weight`` x r of the
+    capacity of ``link``.
+    """
+    room = np.array(capacities, dtype=np.float64)
+    rates = np.full(count, np.inf)
+    active = np.zeros(count, dtype=np.bool_)
     active[owner] = True
     while active.any():
         moving = active[owner]
-        users = np.bincount(link[moving], minlength=room.size)
+        users = np.bincount(link[moving], weight[moving], minlength=room.size)
         fair = np.divide(room, users, out=np.full(room.size, np.inf), where=users > 0)
         rate = float(fair.min())
+        if math.isinf(rate):  # nothing bounds the flows that are left
+            break
         full = fair <= rate * (1 + 1e-12)
         stopped = np.unique(owner[moving & full[link]])
         rates[stopped] = rate
         active[stopped] = False
-        gone = link[moving & ~active[owner]]
-        room -= rate * np.bincount(gone, minlength=room.size)
+        gone = moving & ~active[owner]
+        room -= rate * np.bincount(link[gone], weight[gone], minlength=room.size)
         room = np.maximum(room, 0.0)
     return rates
 

@@ -7,7 +7,7 @@ is wrong. A plan that does not fit is a result.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +200,26 @@ def hardware(name: str | None = None) -> list[str] | dict[str, Any]:
     return hardware_item(name) if name is not None else [row["name"] for row in hardware_rows()]
 
 
+def accuracy(data: str | Path, sections: Sequence[str] = ()) -> tuple[str, list[dict[str, Any]]]:
+    """Return the accuracy report as Markdown, and its tables as plain data.
+
+    ``data``: folder of the calibration data; ``sections``: some of the report's, by default all.
+    """
+    from simcore.errors import unknown
+    from validation.accuracy import report
+
+    for name in sections:
+        if name not in report.SECTIONS:
+            raise unknown("section", name, report.SECTIONS)
+    found = report.tables(Path(data), sections)
+    rows = [
+        {"section": name, **dataclasses.asdict(table)}
+        for name, tables in found.items()
+        for table in tables
+    ]
+    return report.to_markdown(found), rows
+
+
 def hardware_item(name: str) -> dict[str, Any]:
     """Return all numbers of a chip, a link or a cluster, with their sources."""
     from hwmodels.catalogue import (
@@ -219,11 +239,29 @@ def hardware_item(name: str) -> dict[str, Any]:
     )
     for kind, load_one in loaders:
         try:
-            return {"kind": kind, **dataclasses.asdict(load_one(name))}
+            return {"catalogue": kind, **dataclasses.asdict(load_one(name))}
         except InputError as error:
             if not str(error).startswith("unknown"):
                 raise
     raise unknown("hardware", name, {*chip_names(), *link_names(), *cluster_names()})
+
+
+def roofline_picture(
+    name: str, path: str | Path, data: str | Path | None = None, dtype: str = "bf16"
+) -> Path:
+    """Write a chip's roofline as a PNG and return its path.
+
+    Points are the measurements of the chip under ``data``, the calibration data's folder; without
+    it, what its curves give for products and attention of common shapes.
+    """
+    from hwmodels.catalogue import load_chip
+    from meshwise.rooflines import curve_points, measured_points
+    from validation.plots import roofline_figure, save_png
+
+    chip = load_chip(name)
+    points = curve_points(chip, dtype) if data is None else measured_points(chip, dtype, Path(data))
+    origin = "predicted" if data is None else "measured"
+    return save_png(roofline_figure(chip, points, f"{chip.name}, {origin}, {dtype}"), Path(path))
 
 
 def hardware_rows() -> list[dict[str, Any]]:

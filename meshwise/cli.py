@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meshwise.systems import systems_app
 from simcore.errors import InputError, MeshwiseError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ hardware_app = typer.Typer(
 )
 app.add_typer(models_app, name="models")
 app.add_typer(hardware_app, name="hardware")
+app.add_typer(systems_app, name="systems")
 
 Scenario = Annotated[
     str,
@@ -242,19 +244,72 @@ def validate(
 
 @app.command()
 def calibrate(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="More files for --from.", show_default=False),
+    ] = None,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Fit kernels to measurements in files instead of measuring this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what the files of --from hold.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where to write the profile.", show_default=False),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure this machine and write its profile."""
-    from meshwise.execution import calibration_result
+    """Measure this machine and write its profile, or fit curves to measurements in files."""
     from meshwise.progress import Status
 
-    with Status("measuring this machine") as status:
-        result = calibration_result(out, status.say)
+    if source:
+        from meshwise.calibration import imported_result
+
+        with Status("reading measurements") as status:
+            result = imported_result([*source, *(files or ())], out, dry_run, status.say)
+    elif files or dry_run:
+        raise InputError("files and --dry-run belong to --from: meshwise calibrate --from FILE...")
+    else:
+        from meshwise.execution import calibration_result
+
+        with Status("measuring this machine") as status:
+            result = calibration_result(out, status.say)
     show(result, json)
+
+
+@app.command()
+def accuracy(
+    data: Annotated[
+        Path,
+        typer.Option("--data", metavar="DIR", help="Folder of the calibration data."),
+    ],
+    section: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this section; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the report there, as Markdown."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fit the cost models on part of the measurements and score them on the rest."""
+    from meshwise import api
+
+    report, tables = api.accuracy(data, section or ())
+    if out is not None:
+        api.write_text(out, report)
+    if json:
+        show_rows(tables, True, "accuracy")
+    elif out is None:
+        print(report)
 
 
 @app.command()
@@ -318,10 +373,22 @@ def hardware_list(json: Json = False) -> None:
 
 
 @hardware_app.command("show")
-def hardware_show(name: str, json: Json = False) -> None:
+def hardware_show(
+    name: str,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a chip's roofline there, as a PNG.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Calibration data whose points the picture shows."),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show one chip, link or cluster with the sources of its numbers."""
     from meshwise import api
 
+    if picture is not None:
+        api.roofline_picture(name, picture, data)
     show_table(dict(api.hardware_item(name)), json, name)
 
 

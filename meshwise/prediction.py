@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hwmodels.collectives import GroupLayout, bus_bytes_per_s, choose
+from hwmodels.collectives import GroupLayout, bus_bytes_per_s, deviation, library_call
 from meshwise.operators import operator_metrics
 from meshwise.result import Result
 from meshwise.setting import RESERVE_SHARE, Setting, resolve
@@ -31,6 +31,7 @@ from simcore.program import Program
 from simcore.scenario import Scenario, scenario_hash
 from simcore.strategy import ParallelStrategy, check_strategy
 from simcore.timeline import Span, Timeline, timeline
+from simcore.uncertainty import interval, program_deviation
 from simcore.workloads import CollectiveCall, Generation, OpCall, TrainStep
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def question_of(scenario: Scenario, setting: Setting) -> Any:
         setting.memory_bytes,
         setting.reserve_bytes,
         setting.peak_flops_per_s(dtype),
+        host=setting.host,
+        curves=setting.curves,
         goal=wanted,
         microbatch=scenario.microbatch,
     )
@@ -136,6 +139,10 @@ def _folding(program: Program) -> str:
     )
 
 
+INTERVAL_NOTE = (
+    "interval_s holds 80 % of the errors of kernels and collectives; what no op stands for (data "
+    "loading, stragglers, other jobs) is not in it."
+)
 RESERVE_NOTE = (
     f"{RESERVE_SHARE:.0%} of a device's memory is kept in reserve (vLLM's default "
     "gpu_memory_utilization is 0.9)."
@@ -159,11 +166,14 @@ def predict_training(
         memory_bytes=setting.memory_bytes,
         reserve_bytes=setting.reserve_bytes,
     )
+    deviation = program_deviation(program, setting.cost(program.mesh))
+    metrics["interval_s"] = interval(metrics["step_s"], deviation)
     notes = (
         _folding(program),
         "mfu counts 6 N + 12 L h s FLOPs per token (full attention), mfu_causal half of the "
         "attention; both over the peak of " + _peak_name(setting, model.compute_dtype) + ".",
         "peak memory is what the worst rank's tensors occupy at once; " + RESERVE_NOTE,
+        INTERVAL_NOTE,
     )
     warnings = setting.dtype_warnings(model.compute_dtype) + _fit_warning(metrics)
     return Answer(metrics, notes, warnings, found, parallel)
@@ -217,6 +227,12 @@ def predict_generation(
         memory_bytes=setting.memory_bytes,
         reserve_bytes=setting.reserve_bytes,
     )
+    ends = times.passes[0], times.passes[-1]
+    deviations = [
+        program_deviation(pass_program(model, parallel, work, step), cost) for step in ends
+    ]
+    metrics["interval_s"] = interval(metrics["seconds"], max(deviations))
+    notes.append(INTERVAL_NOTE)
     notes.append(
         "peak memory holds weights, the whole KV cache and a pass's activations; " + RESERVE_NOTE
     )
@@ -252,9 +268,10 @@ def _simulated(
                 for span in run.spans
             ]
             clock += run.step_s
+        overhead = float(setting.host.pass_seconds(work.batch))
         at = [float(step.cached_rows) for step in steps]
         cached = [float(times.passes[i].cached_rows) for i in places]
-        seconds[places] = np.interp(cached, at, [run.step_s for run in runs])
+        seconds[places] = np.interp(cached, at, [run.step_s + overhead for run in runs])
     return PassTimes(times.passes, tuple(float(s) for s in seconds)), timeline(spans, clock)
 
 
@@ -277,25 +294,35 @@ def predict_collective(work: CollectiveCall, setting: Setting) -> Answer:
     per_node = min(work.ranks, cluster.gpus_per_node)
     group = GroupLayout(work.ranks, per_node, cluster.scale_up, cluster.scale_out)
     fit = setting.profile.collectives if setting.profile else None
-    seconds, algorithm = choose(work.op, work.size_bytes, group, fit=fit)
+    seconds, algorithm = library_call(
+        work.op, work.size_bytes, group, cluster.chip, work.implementation, fit, work.dtype
+    )
     bus = bus_bytes_per_s(work.op, work.size_bytes, work.ranks, seconds)
     metrics = collective_metrics(work, float(seconds), float(bus), str(algorithm))
+    link = cluster.scale_up if work.ranks <= cluster.gpus_per_node else cluster.scale_out
+    sure = float(deviation(work.op, work.size_bytes, link.name))
     return Answer(
-        metrics,
+        {**metrics, "interval_s": interval(metrics["seconds"], sure)},
         ("bytes and bus bandwidth follow nccl-tests' convention; nothing else uses the links.",),
     )
 
 
 def predict_op(work: OpCall, setting: Setting) -> Answer:
     """Return the answer for one operator."""
-    metrics = operator_metrics(work, setting.cost(dict.fromkeys(_axes(), 1)))
+    cost = dataclasses.replace(
+        setting.cost(dict.fromkeys(_axes(), 1)), implementation=work.implementation
+    )
+    metrics = operator_metrics(work, cost)
     notes = ["FLOPs are those of matrix products, 2 m n k."]
-    if work.op.startswith("attention"):
-        notes.append("attention is counted over all (query, key) pairs, causal savings left out.")
+    used = {curve.implementation for choice in cost.choices.values() for curve in choice.curves}
+    if work.implementation and used and work.implementation not in used:
+        notes.append(f"no such kernel of {work.implementation} was measured: others stand in.")
+    if work.op == "attention_prefill":
+        notes.append("attention is counted over the (query, key) pairs that the mask leaves.")
     if work.op == "moe":
         notes.append(
-            "the experts are gated FFNs fused into one launch; routing, permutation and "
-            "communication are not counted."
+            "the experts are gated FFNs of one rank, the busiest one; permutation is counted, "
+            "routing and communication between ranks are not."
         )
     return Answer(metrics, tuple(notes), setting.dtype_warnings(work.dtype))
 
@@ -350,6 +377,22 @@ def provenance(scenario: Scenario, setting: Setting, engine: str) -> dict[str, A
     }
 
 
+def expenses(metrics: Metrics, setting: Setting) -> tuple[Metrics, tuple[str, ...]]:
+    """Return the energy and, where the chip has a rental price, the cost of the whole cluster."""
+    seconds = metrics.get("step_s", metrics.get("seconds"))
+    chip = setting.cluster.chip
+    if seconds is None or chip.kind == "cpu":
+        return {}, ()
+    chip_seconds = seconds * setting.cluster.world
+    found = {"energy_j": chip.power_w * chip_seconds}
+    notes = [f"energy counts {chip.power_w:.4g} W per chip, its limit, all the time."]
+    if chip.price_per_hour is not None:
+        found["cost_usd"] = chip.price_per_hour * chip_seconds / 3600
+        about = chip.sources.get("price_per_hour", "undated")
+        notes.append(f"a chip costs ${chip.price_per_hour:.4g} per hour ({about}).")
+    return found, tuple(notes)
+
+
 def predict_scenario(
     scenario: Scenario, engine: str | None = None, profile: Path | str | None = None
 ) -> Result:
@@ -358,6 +401,7 @@ def predict_scenario(
     setting = resolve(scenario, profile)
     found = answer(scenario, setting, engine)
     origin = provenance(scenario, setting, engine)
+    spent, spent_notes = expenses(found.metrics, setting)
     if scenario.model is not None:
         model = scenario.model_spec()
         origin |= {"model": model.name, "parameters": parameter_count(model)}
@@ -365,8 +409,8 @@ def predict_scenario(
         origin["strategy"] = strategy_table(found.strategy)
     return Result(
         scenario_hash(scenario),
-        found.metrics,
-        (*setting.assumptions, *found.assumptions),
+        {**found.metrics, **spent},
+        (*setting.assumptions, *found.assumptions, *spent_notes),
         (*setting.warnings, *found.warnings),
         origin,
         found.timeline,

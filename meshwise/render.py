@@ -26,6 +26,9 @@ UNITS = (
     ("seconds", "s"),
     ("_w", "W"),
     ("_hz", "Hz"),
+    ("energy_j", "J"),
+    ("_usd", "$"),
+    ("price_per_hour", "$"),
     ("parameters", ""),
 )
 SHARES = ("mfu", "hfu", "mfu_causal", "gap", "blocking", "spread", "median_residuals")
@@ -76,7 +79,7 @@ def human(name: str, value: Any) -> str:
 
 def label(name: str) -> str:
     """Return a metric's name as words, its unit left out."""
-    for end in ("_bytes_per_s", "_bytes", "_s"):
+    for end in ("_bytes_per_s", "_bytes", "_s", "_j", "_usd"):
         if name.endswith(end) and not name.endswith("per_s"):
             name = name.removesuffix(end)
     return name.replace("_", " ")

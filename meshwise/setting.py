@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hwmodels import curves
 from hwmodels.catalogue import THIS_CPU, load_cluster, make_cluster
 from hwmodels.cost import ClusterCost
-from hwmodels.hardware import Cluster
+from hwmodels.curves import Curve
+from hwmodels.families import FAMILIES
+from hwmodels.families.family import matrix_peak
+from hwmodels.hardware import Chip, Cluster
+from hwmodels.hosts import NO_HOST, Host, load_host
 from hwmodels.profile import Profile, default_path, read_profile
 from simcore.errors import InputError
 from simcore.scenario import Scenario
@@ -29,24 +34,28 @@ class Setting:
     reserve_bytes: float
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
+    host: Host = NO_HOST
+    curves: tuple[Curve, ...] | None = None
 
     def cost(self, mesh: Mapping[str, int]) -> ClusterCost:
         """Return the cost model of a mesh over this cluster."""
-        return ClusterCost(self.cluster, mesh, self.profile)
+        return ClusterCost(self.cluster, mesh, self.profile, host=self.host, curves=self.curves)
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """Return what utilisation is measured against: the measured peak, or the datasheet's."""
         if self.profile is not None and self.profile.peaks.get("flops_per_s"):
             return float(self.profile.peaks["flops_per_s"])
-        chip = self.cluster.chip
-        return float(chip.peak_flops_per_s.get(dtype) or chip.vector_flops_per_s)
+        return matrix_peak(self.cluster.chip, dtype)
 
     def dtype_warnings(self, dtype: str) -> tuple[str, ...]:
         """Return a warning where the chip documents no matrix rate for ``dtype``."""
         chip = self.cluster.chip
-        if self.profile is not None or dtype in chip.peak_flops_per_s:
+        if self.profile is not None or dtype.removesuffix("_block") in chip.peak_flops_per_s:
             return ()
-        return (f"{chip.name} documents no matrix rate for {dtype}: its vector rate is used.",)
+        rate = matrix_peak(chip, dtype)
+        if rate == chip.vector_flops_per_s:
+            return (f"{chip.name} documents no matrix rate for {dtype}: its vector rate is used.",)
+        return (f"{chip.name} multiplies {dtype} in a wider format, at {rate / 1e12:.4g} TFLOP/s.",)
 
 
 def scenario_cluster(scenario: Scenario) -> Cluster:
@@ -64,17 +73,28 @@ def scenario_cluster(scenario: Scenario) -> Cluster:
 
 
 def find_profile(cluster: Cluster, path: Path | None) -> Profile | None:
-    """Return the measured profile of the cluster's chip, or None where there is none."""
+    """Return the measured profile of this machine; None where there is none, or another chip."""
     if cluster.chip.name != THIS_CPU:
-        if path is not None:
-            raise InputError(
-                f"a profile describes {THIS_CPU!r}, but the scenario runs on "
-                f"{cluster.chip.name!r}: drop --profile or change [cluster].gpu."
-            )
         return None
     if path is not None:
         return read_profile(path)
     return read_profile(default_path()) if default_path().is_file() else None
+
+
+def find_curves(cluster: Cluster, path: Path | None) -> tuple[Curve, ...] | None:
+    """Return the curves that price an accelerator: a user's and those shipped; None: these alone.
+
+    A user's come from ``path``, else from where `meshwise calibrate --from` leaves them.
+    """
+    if cluster.chip.kind == "cpu":
+        if path is not None and cluster.chip.name != THIS_CPU:
+            raise InputError(
+                f"a profile describes {THIS_CPU!r} or an accelerator, but the scenario runs on "
+                f"{cluster.chip.name!r}: drop --profile or change [cluster].gpu."
+            )
+        return None
+    found = path or (curves.default_path() if curves.default_path().is_file() else None)
+    return None if found is None else curves.with_shipped(curves.read_curves(found))
 
 
 def machine_bytes() -> float:
@@ -93,7 +113,9 @@ def rank_memory_bytes(cluster: Cluster, profile: Profile | None) -> float:
     return whole / cluster.gpus_per_node if whole else float(cluster.chip.hbm.size_bytes)
 
 
-def _speed_notes(cluster: Cluster, profile: Profile | None) -> tuple[list[str], list[str]]:
+def _speed_notes(
+    cluster: Cluster, profile: Profile | None, known: tuple[Curve, ...] | None
+) -> tuple[list[str], list[str]]:
     """Return the assumptions and the warnings about where seconds come from."""
     chip = cluster.chip.name
     if profile is not None:
@@ -108,8 +130,7 @@ def _speed_notes(cluster: Cluster, profile: Profile | None) -> tuple[list[str], 
             "several-fold; run 'meshwise calibrate' first."
         ]
     return [
-        f"seconds on {chip} are a datasheet roofline (launch + max of FLOPs over peak and "
-        "bytes over bandwidth), uncalibrated: an optimistic bound, real kernels reach less.",
+        *_curve_notes(cluster.chip, known),
         f"links are {cluster.scale_up.name} inside a node of {cluster.gpus_per_node}"
         + (
             f" and {cluster.scale_out.name} between {cluster.nodes} nodes"
@@ -120,12 +141,67 @@ def _speed_notes(cluster: Cluster, profile: Profile | None) -> tuple[list[str], 
     ], []
 
 
+def _curve_notes(chip: Chip, known: tuple[Curve, ...] | None) -> list[str]:
+    """Return which measurements price the kernels of an accelerator."""
+    if chip.kind == "cpu":
+        return [f"seconds on {chip.name} are a datasheet roofline, an optimistic bound."]
+    found: dict[str, list[str]] = {}
+    for name in FAMILIES:
+        choice = curves.choose_curves(name, chip, "bf16", curves=known)
+        if choice.lent:
+            continue
+        origin = choice.borrowed or chip.name
+        found.setdefault(origin, []).append(name.replace("_", " "))
+    notes = []
+    for origin, names in found.items():
+        kinds = ", ".join(names)
+        if origin == chip.name:
+            notes.append(f"kernels ({kinds}) follow curves measured on {origin}.")
+        elif origin == "nowhere":
+            notes.append(f"kernels ({kinds}) are a roofline with typical efficiencies, unmeasured.")
+        else:
+            notes.append(
+                f"kernels ({kinds}) borrow the curves of {origin}, carried to {chip.name} by its "
+                "datasheet."
+            )
+    return notes
+
+
+def launching(scenario: Scenario, cluster: Cluster, profile: Profile | None) -> Host:
+    """Return how kernels are launched: as the scenario says, else as the field does."""
+    kind = scenario.workload.kind
+    if profile is not None or cluster.chip.kind == "cpu" or kind not in _LAUNCH:
+        return NO_HOST
+    return load_host(scenario.run.launch or _LAUNCH[kind])
+
+
+# Engines capture decoding in graphs (vLLM, SGLang and TensorRT-LLM do by default).
+_LAUNCH = {"train": "eager", "generate": "graph"}
+
+
+def _launch_notes(host: Host) -> list[str]:
+    if host.issue_s:
+        return [f"the host issues kernels one by one, {host.issue_s * 1e6:.3g} us each."]
+    if host.launch_s:
+        return [f"a pass is one captured graph, launched in {host.launch_s * 1e6:.3g} us."]
+    return []
+
+
 def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
     """Return where ``scenario`` runs. Raises `InputError` for unknown hardware."""
     cluster = scenario_cluster(scenario)
-    found = find_profile(cluster, Path(profile) if profile is not None else None)
+    path = Path(profile) if profile is not None else None
+    found, known = find_profile(cluster, path), find_curves(cluster, path)
     memory = rank_memory_bytes(cluster, found)
-    assumptions, warnings = _speed_notes(cluster, found)
+    assumptions, warnings = _speed_notes(cluster, found, known)
+    host = launching(scenario, cluster, found)
     return Setting(
-        cluster, found, memory, RESERVE_SHARE * memory, tuple(assumptions), tuple(warnings)
+        cluster,
+        found,
+        memory,
+        RESERVE_SHARE * memory,
+        (*assumptions, *_launch_notes(host)),
+        tuple(warnings),
+        host,
+        known,
     )

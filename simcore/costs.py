@@ -31,6 +31,21 @@ class CostModel(Protocol):
         """Return the share of a communication's time in which its rank cannot compute, 0 to 1."""
         ...
 
+    def slowdown(self, op: Op, beside: Op) -> Size:
+        """Return how many times longer ``op`` takes while the collective ``beside`` runs, 1 up."""
+        ...
+
+    def pass_overhead_seconds(self, sequences: Size) -> Size:
+        """Return the seconds of software that a pass over ``sequences`` adds to its ops."""
+        ...
+
+    def uncertainty(self, op: Op) -> tuple[str, Size]:
+        """Return which measurements ``op``'s seconds rest on and their standard deviation.
+
+        The deviation is that of log(real / predicted).
+        """
+        ...
+
 
 class Network(Protocol):
     """Flows between ranks."""

@@ -13,6 +13,7 @@ DTYPE_BYTES: dict[str, float] = {
     "bf16": 2.0,
     "fp16": 2.0,
     "fp8": 1.0,
+    "fp8_block": 1.0 + 4 / 128**2,  # one fp32 scale per 128 x 128 weights (DeepSeek-V3, 2024)
     "int8": 1.0,
     "int4": 0.5,
     "nvfp4": 0.5 + 1 / 16,

@@ -19,7 +19,7 @@ from simcore.estimate import is_message, is_tie, only_op, representative
 from simcore.liveness import positions
 from simcore.ops import COMPUTE, Op, work
 from simcore.program import Action, Key, Program, coordinates, group_ranks
-from simcore.templates import HOST, Clock, Entry, Template, price, templates
+from simcore.templates import HOST, Clock, Entry, Template, Workbench, price, templates
 from simcore.timeline import Span, Timeline, timeline
 
 Process = Generator[simpy.Event, Any, None]
@@ -111,11 +111,13 @@ class Engine:
     meetings: dict[Any, _Meeting] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     laid: Mapping[str, Template] = field(default_factory=dict)
-    prices: dict[tuple[str, int], tuple[float, float, float]] = field(default_factory=dict)
+    bench: Workbench = field(init=False)
+    prices: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
     states: dict[int, _Rank] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.links = FluidLinks(self.env, self.network)
+        self.bench = Workbench(self.program, self.cost)
         for rank in self.ranks:
             stage = coordinates(self.program.mesh, rank)["pp"]
             self.states[rank] = _Rank(rank, stage)
@@ -170,12 +172,14 @@ class Engine:
     def _ops(self, state: _Rank, action: Action) -> Process:
         """Issue an action op by op, as the executor does."""
         body = self.program.bodies[action.body]
-        for (number, index), layer, op in positions(self.program, action.body):
-            block = body[number].block
-            if (block, index) not in self.prices:
-                seconds, issue, blocking = price(op, self.cost)
-                self.prices[block, index] = float(seconds), float(issue), blocking
-            seconds, issue, blocking = self.prices[block, index]
+        if action.body not in self.prices:
+            steps = self.bench.steps(body)
+            self.prices[action.body] = [
+                (float(s.seconds), float(s.issue), s.blocking) for s in steps
+            ]
+        priced = self.prices[action.body]
+        ops = positions(self.program, action.body)
+        for (_, layer, op), (seconds, issue, blocking) in zip(ops, priced, strict=True):
             if issue:
                 yield self.env.timeout(issue)
             waits = [state.ready[key] for key in self._keys(op.reads, layer, action, state)]

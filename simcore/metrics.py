@@ -219,6 +219,7 @@ def generation_seconds(
         cached: Any = np.array([steps[i].cached_rows for i in places])
         program = lower_pass(model, parallel, workload.batch, rows, cached)
         seconds[places] = pass_seconds(program, cost, network)
+    seconds += cost.pass_overhead_seconds(workload.batch)
     return PassTimes(steps, tuple(float(value) for value in seconds))
 
 

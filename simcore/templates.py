@@ -66,6 +66,7 @@ class _Step:
     blocking: float
     reads: tuple[Key, ...]
     writes: tuple[Key, ...]
+    op: Op
 
 
 def price(op: Op, cost: CostModel) -> tuple[Size, Size, float]:
@@ -80,12 +81,17 @@ def price(op: Op, cost: CostModel) -> tuple[Size, Size, float]:
 
 
 class Workbench:
-    """Lays the bodies of one program; every op of a block is priced once."""
+    """Lays the bodies of one program; every op of a block is priced once.
+
+    Compute issued behind a collective, and before anything that reads its result, runs beside it
+    for as long as the collective takes, and more slowly: the two share the chip's units and memory.
+    """
 
     def __init__(self, program: Program, cost: CostModel) -> None:
         self.program, self.cost = program, cost
         self.priced: dict[str, list[_Step]] = {}
         self.placed: dict[Call, list[_Step]] = {}
+        self.factors: dict[tuple[int, int], Size] = {}
         self.host: Row = {HOST: 0.0} if _host_matters(program, cost) else {}
 
     def steps(self, calls: Iterable[Call]) -> list[_Step]:
@@ -95,7 +101,38 @@ class Workbench:
             if call not in self.placed:
                 self.placed[call] = self._place(call)
             found += self.placed[call]
+        return self._shared(found)
+
+    def _shared(self, steps: list[_Step]) -> list[_Step]:
+        """Return the steps with compute stretched where collectives run beside it."""
+        beside: dict[str, tuple[_Step, Size]] = {}  # stream -> its collective, seconds still to run
+        found = []
+        for step in steps:
+            if step.stream != COMPUTE:
+                if step.op.is_communication and step.op.kind not in MESSAGES:
+                    beside[step.stream] = step, step.seconds
+                found.append(step)
+                continue
+            for stream, (other, left) in list(beside.items()):
+                if not set(step.reads).isdisjoint(other.writes):
+                    del beside[stream]
+                    continue
+                factor = self._factor(step.op, other.op)
+                if isinstance(factor, float) and factor == 1.0:
+                    continue
+                longer = _plain(
+                    np.minimum(factor * step.seconds, step.seconds + left * (1 - 1 / factor))
+                )
+                beside[stream] = other, _plain(np.maximum(left - longer, 0.0))
+                step = replace(step, seconds=longer)  # noqa: PLW2901
+            found.append(step)
         return found
+
+    def _factor(self, op: Op, beside: Op) -> Size:
+        key = id(op), id(beside)
+        if key not in self.factors:
+            self.factors[key] = _plain(self.cost.slowdown(op, beside))
+        return self.factors[key]
 
     def _place(self, call: Call) -> list[_Step]:
         def keys(relative: tuple[Key, ...]) -> tuple[Key, ...]:
@@ -104,8 +141,7 @@ class Workbench:
         if call.block not in self.priced:
             self.priced[call.block] = [self._step(op) for op in self.program.blocks[call.block].ops]
         return [
-            _Step(s.stream, s.seconds, s.issue, s.blocking, keys(s.reads), keys(s.writes))
-            for s in self.priced[call.block]
+            replace(s, reads=keys(s.reads), writes=keys(s.writes)) for s in self.priced[call.block]
         ]
 
     def _step(self, op: Op) -> _Step:
@@ -113,7 +149,7 @@ class Workbench:
             tuple(self.program.key(name, 0, 0) for name in names) for names in (op.reads, op.writes)
         )
         seconds, issue, blocking = price(op, self.cost)
-        return _Step(op.stream, _plain(seconds), _plain(issue), blocking, reads, writes)
+        return _Step(op.stream, _plain(seconds), _plain(issue), blocking, reads, writes, op)
 
     def lay(self, steps: Sequence[_Step], waits: Iterable[Key], told: Iterable[Key]) -> Template:
         """Return the template of ``steps``, which waits for ``waits`` and whose ``told`` matter."""

@@ -34,6 +34,7 @@ class CollectiveCall:
     size_bytes: float
     ranks: int
     dtype: str = "bf16"
+    implementation: str = ""  # the library; "" for the usual one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ class OpCall:
     op: str
     dims: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "bf16"
+    implementation: str = ""  # the library; "" for the mean of those that were measured
+    mixer: str = ""  # of op "mixer": which one, and in which form
+    form: str = ""
 
 
 Workload = TrainStep | Generation | CollectiveCall | OpCall

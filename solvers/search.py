@@ -17,7 +17,9 @@ from itertools import product
 from typing import Any
 
 from hwmodels.cost import ClusterCost
+from hwmodels.curves import Curve
 from hwmodels.hardware import Cluster
+from hwmodels.hosts import NO_HOST, Host
 from hwmodels.profile import Profile
 from simcore.errors import InputError
 from simcore.estimate import estimate
@@ -58,6 +60,8 @@ class Question:
     memory_bytes: float
     reserve_bytes: float
     peak_flops_per_s: float
+    host: Host = NO_HOST
+    curves: tuple[Curve, ...] | None = None
     goal: Goal | None = None
     microbatch: int | None = None  # fixed by the scenario
     method: str = "autoregressive"
@@ -258,7 +262,9 @@ def lattice(question: Question, max_tp: int) -> tuple[list[ParallelStrategy], li
 def cost_of(question: Question, parallel: ParallelStrategy) -> ClusterCost:
     """Return the cost model of a strategy's mesh."""
     mesh = {axis: getattr(parallel, axis) for axis in MESH_AXES}
-    return ClusterCost(question.cluster, mesh, question.profile)
+    return ClusterCost(
+        question.cluster, mesh, question.profile, host=question.host, curves=question.curves
+    )
 
 
 def price(question: Question, parallel: ParallelStrategy, *, unless_large: bool = False) -> Metrics:

@@ -110,6 +110,7 @@ class Constant:
     synchronous: bool = False
     issue_s: float = 0.0
     blocking: float = 0.0
+    beside: float = 1.0  # slowdown of compute while a collective runs
 
     def seconds(self, op: Op) -> float:
         return self.seconds_of.get(op.kind, 0.0)
@@ -119,6 +120,12 @@ class Constant:
 
     def blocking_share(self, op: Op) -> float:
         return self.blocking
+
+    def slowdown(self, op: Op, beside: Op) -> float:
+        return self.beside
+
+    def pass_overhead_seconds(self, sequences: float) -> float:
+        return 0.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import meshwise as mw
+from hwmodels.catalogue import load_chip
 from meshwise.setting import find_profile, resolve
 from simcore.errors import InputError
 from simcore.scenario import load_scenario
@@ -45,7 +46,7 @@ METRICS = {
         "peak_memory_bytes",
     },
     "collective": {"seconds", "algorithm_bytes_per_s", "bus_bytes_per_s", "algorithm"},
-    "op": {"seconds", "flops_per_s", "bytes_per_s", "bound"},
+    "op": {"seconds", "flops_per_s", "bytes_per_s", "bound", "interval_s"},
 }
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.toml") if "grid" not in path.name)
 
@@ -126,11 +127,27 @@ def test_no_strategy_at_all_is_a_result() -> None:
     assert "no plan found" in result.warnings[-1]
 
 
-def test_datasheet_numbers_are_called_so() -> None:
-    result = mw.predict(scenario())
-    assert any(
-        "datasheet roofline" in text and "uncalibrated" in text for text in result.assumptions
-    )
+GEMM: dict[str, Any] = {
+    "cluster": {"gpu": "h100-sxm-80gb"},
+    "workload": {"kind": "op", "op": "gemm", "m": 4096, "n": 4096, "k": 4096},
+}
+
+
+def op(**keys: Any) -> dict[str, Any]:
+    return {**GEMM, "workload": {**GEMM["workload"], **keys}}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("h100-sxm-80gb", "follow curves measured on h100-sxm-80gb"),
+        ("l40s", "carried to l40s by its datasheet"),
+        ("generic-cpu", "datasheet roofline"),
+    ],
+)
+def test_the_origin_of_seconds_is_said(gpu: str, said: str) -> None:
+    result = mw.predict({**GEMM, "cluster": {"gpu": gpu}})
+    assert any(said in text for text in result.assumptions)
     assert result.provenance["profile"] is None
 
 
@@ -139,9 +156,11 @@ def test_an_uncalibrated_machine_is_warned_of() -> None:
     assert any("NOT CALIBRATED" in text for text in result.warnings)
 
 
-def test_a_profile_belongs_to_this_cpu_alone(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--profile"):
+def test_a_profile_belongs_to_this_cpu_or_an_accelerator(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the curves"):
         mw.predict(scenario(), profile=tmp_path / "p.json")
+    with pytest.raises(InputError, match="--profile"):
+        mw.predict({**GEMM, "cluster": {"gpu": "generic-cpu"}}, profile=tmp_path / "p.json")
     setting = resolve(load_scenario(scenario(cluster={"gpu": "this-cpu", "gpus_per_node": 4})))
     assert find_profile(setting.cluster, None) is None
     with pytest.raises(InputError, match="cannot read the profile"):
@@ -153,7 +172,9 @@ def test_a_dtype_without_a_matrix_rate_is_warned_of() -> None:
         cluster={"gpu": "a100-sxm-80gb", "gpus_per_node": 4},
         model={**MODEL, "compute_dtype": "fp8"},
     )
-    assert any("no matrix rate for fp8" in text for text in mw.predict(raw).warnings)
+    assert any("multiplies fp8 in a wider format" in text for text in mw.predict(raw).warnings)
+    raw = scenario(model={**MODEL, "compute_dtype": "bf16"}, cluster={"gpu": "p100"}, parallel={})
+    assert any("no matrix rate for bf16" in text for text in mw.predict(raw).warnings)
 
 
 def test_trace_is_written_whole(tmp_path: Path) -> None:
@@ -183,10 +204,26 @@ def test_records_pandas_and_html() -> None:
     assert "microbatch" in plan._repr_html_()
 
 
-def test_roofline_of_a_gemm_by_hand() -> None:
+def test_a_large_gemm_runs_near_the_peak_and_never_above() -> None:
     result = mw.predict(EXAMPLES / "gemm.toml")
-    assert result.metrics["seconds"] == pytest.approx(4e-6 + 2 * 8192**3 / 989.4e12, rel=1e-3)
     assert result.metrics["bound"] == "compute"
+    assert 0.6 * 989.4e12 < result.metrics["flops_per_s"] < 989.4e12
+    low, high = result.metrics["interval_s"]
+    assert low < result.metrics["seconds"] < high
+
+
+def test_libraries_differ_and_an_unknown_one_is_refused() -> None:
+    seconds = {
+        name: mw.predict(op(implementation=name)).metrics["seconds"]
+        for name in ("default", "trtllm", "vllm")
+    }
+    assert seconds["default"] ** 2 == pytest.approx(seconds["trtllm"] * seconds["vllm"])
+    assert seconds["trtllm"] != seconds["vllm"]
+    with pytest.raises(InputError, match="did you mean 'vllm'"):
+        mw.predict(op(implementation="vlm"))
+    other = mw.predict(op(implementation="sglang"))
+    assert other.metrics["seconds"] == seconds["default"]
+    assert any("no such kernel of sglang" in note for note in other.assumptions)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +261,35 @@ def test_roofline_of_a_gemm_by_hand() -> None:
     ],
 )
 def test_bounds_of_operators(op: dict[str, Any], bound: str) -> None:
-    result = mw.predict({"cluster": {"gpu": "h100-sxm-80gb"}, "workload": {"kind": "op", **op}})
+    result = mw.predict({**GEMM, "workload": {"kind": "op", **op}})
     assert result.metrics["bound"] == bound
+
+
+ROWS = {"rows": 8192, "columns": 8192}
+GLA = {"batch": 4, "seq_len": 8192, "heads": 16, "d_k": 128, "d_v": 128, "chunk": 64}
+
+
+@pytest.mark.parametrize("gpu", ["h100-sxm-80gb", "mi300x", "generic-cpu"])
+@pytest.mark.parametrize("name", ["rmsnorm", "softmax_loss", "sample", "adam", "quantise", "copy"])
+def test_rowwise_operators_wait_for_memory(gpu: str, name: str) -> None:
+    raw = {"cluster": {"gpu": gpu}, "workload": {"kind": "op", "op": name, **ROWS}}
+    metrics = mw.predict(raw).metrics
+    fastest = max(tier.bytes_per_s for tier in load_chip(gpu).tiers)
+    assert metrics["bytes_per_s"] <= fastest
+    assert metrics["seconds"] * metrics["bytes_per_s"] >= 2 * 8192 * 8192
+
+
+def test_a_mixer_is_an_operator_and_its_mistakes_are_sentences() -> None:
+    table = {"kind": "op", "op": "mixer", "mixer": "gla", "form": "chunked", "sizes": GLA}
+    raw = {**GEMM, "workload": table}
+    assert 0 < mw.predict(raw).metrics["flops_per_s"] < 989.4e12
+    for change, said in (
+        ({"mixer": "glaa"}, "did you mean 'gla'"),
+        ({"form": "chunk"}, "did you mean 'chunked'"),
+        ({"sizes": {"batch": 4}}, "add it"),
+    ):
+        with pytest.raises(InputError, match=said):
+            mw.predict({**GEMM, "workload": {**table, **change}})
 
 
 def test_moe_counts_its_products_and_touched_experts() -> None:
@@ -273,7 +337,7 @@ def test_catalogues() -> None:
     assert {"h100-sxm-80gb", "nvlink4", "dgx-h100"} <= set(names)
     chip = mw.hardware("H100")
     assert isinstance(chip, dict)
-    assert chip["kind"] == "chip"
+    assert (chip["catalogue"], chip["kind"]) == ("chip", "accelerator")
     assert mw.schema()["title"] == "meshwise scenario"
 
 
@@ -328,3 +392,15 @@ def test_import_is_lazy_and_names_are_there() -> None:
     assert set(mw.__all__) <= set(dir(mw))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mw.nothing  # type: ignore[attr-defined]
+
+
+def test_a_window_leaves_fewer_pairs_and_takes_no_longer() -> None:
+    shape = {"batch": 2, "heads": 8, "head_dim": 128, "seq_len": 64}
+    call = {"kind": "op", "op": "attention_prefill", **shape}
+    full, cut = (
+        mw.predict({**GEMM, "workload": {**call, "window": window}}).metrics for window in (0, 16)
+    )
+    pairs = sum(min(i + 1, 16) for i in range(64))
+    assert cut["flops_per_s"] * cut["seconds"] == pytest.approx(4 * 2 * 8 * 128 * pairs)
+    assert full["flops_per_s"] * full["seconds"] == pytest.approx(4 * 2 * 8 * 128 * 64 * 65 / 2)
+    assert cut["seconds"] <= full["seconds"]

@@ -31,6 +31,7 @@ COMMANDS = (
     "calibrate",
     "models",
     "hardware",
+    "systems",
     "schema",
     "demo",
 )

@@ -151,7 +151,7 @@ VALUES: list[Case] = [
         ("layers_per_stage[1]",),
     ),
     ("stage list is text", train(parallel={"layers_per_stage": "4,4"}), ("layers_per_stage",)),
-    ("implementation", alone(GEMM, implementation="cublas"), ("implementation", "not available")),
+    ("implementation", alone(GEMM, implementation=3), ("implementation",)),
 ]
 
 CROSS: list[Case] = [

@@ -134,7 +134,7 @@ def test_attention_dims() -> None:
     prefill = work(kind="op", op="attention_prefill", seq_len=16, **shape)
     assert prefill.dims == {
         **{"batch": 2, "heads": 8, "kv_heads": 8, "head_dim": 64, "kv_element_bytes": 1.0},
-        **{"seq_len": 16, "kv_len": 16, "causal": 1.0},
+        **{"seq_len": 16, "kv_len": 16, "causal": 1.0, "window": 0.0},
     }
     decode = work(kind="op", op="attention_decode", kv_len=16, kv_heads=2, **shape)
     assert (decode.dims["kv_heads"], decode.dims["kv_len"]) == (2, 16)
@@ -274,6 +274,12 @@ def key_table(title: str, table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _op(rules: dict[str, Any]) -> str:
+    """Return the operator of a table, or the first and last of several."""
+    names = rules["op"].get("enum") or [rules["op"]["const"]]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
 def reference() -> str:
     """Return the Markdown of every table and key of the schema."""
     parts = []
@@ -283,7 +289,7 @@ def reference() -> str:
         if "kind" in rules:
             kind = rules["kind"]["const"]
             title = f"[workload] of kind {kind}"
-            title += f", op {rules['op']['const']}" if kind == "op" else ""
+            title += f", op {_op(rules)}" if kind == "op" else ""
         parts.append(key_table(title, table))
     return "\n".join(sorted(parts))
 

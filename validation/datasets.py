@@ -115,12 +115,12 @@ def kernel_samples(data: Path, family: str) -> list[Sample]:
         with path.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
                 if layout.keep(row):
-                    key = (row["hardware"], _implementation(row), row[layout.dtype])
+                    key = (row["hardware"], implementation(row), row[layout.dtype])
                     groups.setdefault(key, []).append(row)
     return [_sample(family, layout, key, rows) for key, rows in sorted(groups.items())]
 
 
-def _implementation(row: Row) -> str:
+def implementation(row: Row) -> str:
     """Return the library, and the kernel where the library has several for one dtype."""
     library = row["framework"].split()[0]
     kernel = row["kernel_source"].removeprefix("vllm_")

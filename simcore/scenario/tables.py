@@ -1,0 +1,277 @@
+"""The other tables of a scenario, and the scenario itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, PrivateAttr, Strict, model_validator
+
+from simcore.errors import InputError
+from simcore.models import ModelSpec
+from simcore.scenario.fields import (
+    Degree,
+    Flag,
+    Metric,
+    OneForNow,
+    Schedule,
+    Seconds,
+    StageLayers,
+    Table,
+    Text,
+    key_of,
+    library_name,
+    refusal,
+)
+from simcore.scenario.model import MODEL_DTYPES, ModelTable
+from simcore.scenario.workloads import (
+    CollectiveWorkload,
+    GenerateWorkload,
+    MixerWorkload,
+    OpWorkload,
+    TrainWorkload,
+)
+from simcore.strategy import ParallelStrategy
+from simcore.workloads import CollectiveCall, Generation, OpCall, TrainStep
+
+
+class ClusterTable(Table):
+    """The hardware: a chip and how many, or a whole cluster by name or file."""
+
+    gpu: Text | None = key_of("Chip: a catalogue name.", None)
+    gpus_per_node: Degree | None = key_of(
+        "Chips in one node; with gpu, 1 by default.", None, unit="chips"
+    )
+    nodes: Degree | None = key_of("Nodes; with gpu, 1 by default.", None, unit="nodes")
+    scale_up: Text | None = key_of("Link inside a node; by default the chip's own.", None)
+    scale_out: Text | None = key_of("Link between nodes; by default the catalogue's.", None)
+    cluster: Text | None = key_of(
+        "Cluster: a catalogue name, or a path relative to the scenario's folder; "
+        "nodes may override its own.",
+        None,
+    )
+
+    @property
+    def world(self) -> int | None:
+        """Number of ranks, or None where only the named cluster knows it."""
+        if self.cluster is not None:
+            return None
+        return (self.gpus_per_node or 1) * (self.nodes or 1)
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.cluster is None and self.gpu is None:
+            raise refusal("names no hardware: give gpu, or cluster.")
+        for key in ("gpu", "gpus_per_node", "scale_up", "scale_out"):
+            if self.cluster is not None and getattr(self, key) is not None:
+                raise refusal("and cluster exclude each other: keep one of them.", key)
+        if (self.world or 1) > 10**7:
+            raise refusal("x gpus_per_node is more than 10000000 ranks: lower one.", "nodes")
+        return self
+
+
+class ParallelTable(Table):
+    """The parallel strategy. World = pp x dp_replicate x dp_shard x cp x tp."""
+
+    strategy: Literal["auto"] | None = key_of(
+        "auto lets the planner choose, as does leaving the table out.", None
+    )
+    dp_replicate: Degree = key_of("Data-parallel replicas.", 1, unit="ranks")
+    dp_shard: Degree = key_of("Data-parallel ranks that share a replica.", 1, unit="ranks")
+    tp: Degree = key_of("Tensor-parallel degree.", 1, unit="ranks")
+    pp: Degree = key_of("Pipeline stages.", 1, unit="ranks")
+    cp: OneForNow = key_of("Context-parallel degree; only 1 in this version.", 1, unit="ranks")
+    cp_ring: OneForNow = key_of("Ring part of cp; only 1 in this version.", 1, unit="ranks")
+    cp_ulysses: OneForNow = key_of("Ulysses part of cp; only 1 in this version.", 1, unit="ranks")
+    ep: OneForNow = key_of("Expert-parallel degree; only 1 in this version.", 1, unit="ranks")
+    etp: OneForNow = key_of(
+        "Tensor parallelism of experts; only 1 in this version.", 1, unit="ranks"
+    )
+    microbatch: Degree = key_of("Sequences of one microbatch on one replica.", 1, unit="sequences")
+    schedule: Schedule = key_of("Pipeline schedule.", "1f1b")
+    virtual_stages: OneForNow = key_of(
+        "Stages on one pipeline rank; only 1 in this version.", 1, unit="stages"
+    )
+    layers_per_stage: StageLayers = key_of(
+        "Layers of every stage; empty: split evenly.", (), unit="layers"
+    )
+    zero_stage: Annotated[int, Strict(), Field(ge=0, le=3)] | None = key_of(
+        "What data-parallel ranks shard: 0 nothing, 1 optimizer states, 2 also gradients, 3 also "
+        "weights; by default 3 where dp_shard > 1, else 0.",
+        None,
+    )
+    sequence_parallel: Flag = key_of("Whether norms shard the sequence over tp ranks.", False)
+    recompute: Literal["none", "full"] = key_of("Activations computed again in backward.", "none")
+
+    @model_validator(mode="after")
+    def _check_auto(self) -> Self:
+        given = sorted(self.model_fields_set - {"strategy", "microbatch"})
+        if self.strategy == "auto" and given:
+            raise refusal(
+                f'= "auto" leaves the choice to the planner: remove {given[0]}.', "strategy"
+            )
+        stages = self.pp * self.virtual_stages
+        if self.layers_per_stage and len(self.layers_per_stage) != stages:
+            raise refusal(
+                f"lists {len(self.layers_per_stage)} stages but pp x virtual_stages = {stages}: "
+                "make them agree.",
+                "layers_per_stage",
+            )
+        return self
+
+    def resolve(self, microbatch: int | None) -> ParallelStrategy:
+        """Return the strategy, with ``microbatch`` where it is known."""
+        skip = ("strategy", "cp_ring", "cp_ulysses", "etp", "microbatch")
+        values = {key: getattr(self, key) for key in type(self).model_fields if key not in skip}
+        return ParallelStrategy(microbatch=microbatch or self.microbatch, **values)
+
+
+class DecodingTable(Table):
+    """How tokens are produced."""
+
+    method: Literal["autoregressive"] = key_of("Decoding method.", "autoregressive")
+
+
+class GoalTable(Table):
+    """What a plan is to make small or large: one metric of the workload's kind."""
+
+    minimise: Metric | None = key_of("Metric to make small.", None)
+    maximise: Metric | None = key_of("Metric to make large.", None)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.minimise is None) == (self.maximise is None):
+            raise refusal("needs exactly one of minimise and maximise.")
+        return self
+
+
+class RunTable(Table):
+    """How a real or simulated run is made."""
+
+    seed: Annotated[int, Strict(), Field(ge=0, le=2**32 - 1)] = key_of("Seed of every draw.", 0)
+    backend: Literal["auto", "cpu", "gpu"] = key_of("Where a real run takes place.", "auto")
+    repeats: Annotated[int, Strict(), Field(ge=1, le=10**6)] = key_of(
+        "Measured repeats.", 5, unit="runs"
+    )
+    warmup: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
+        "Repeats before the measured ones.", 2, unit="runs"
+    )
+    timeout_s: Seconds = key_of("Time after which a real run is stopped.", 600.0, unit="seconds")
+    launch: Literal["eager", "graph"] | None = key_of(
+        "How an accelerator's kernels are launched: one by one, or captured in a graph; by default "
+        "eager for training, graph for generation.",
+        None,
+    )
+
+
+class Scenario(Table):
+    """One question: which model, on which cluster, laid out how, doing what."""
+
+    model: ModelTable | None = key_of("The network; train and generate need it.", None)
+    cluster: ClusterTable = key_of("The hardware.")
+    parallel: ParallelTable | None = key_of(
+        "The parallel strategy; without it the planner chooses.", None
+    )
+    workload: Annotated[
+        TrainWorkload
+        | GenerateWorkload
+        | CollectiveWorkload
+        | Annotated[OpWorkload, Field(discriminator="op")],
+        Field(discriminator="kind"),
+    ] = key_of("What is to be run; the other keys depend on kind, and on op.")
+    decoding: DecodingTable | None = key_of("How a generation produces tokens.", None)
+    goal: GoalTable | None = key_of("What a plan is to reach.", None)
+    run: RunTable = key_of("How a run is made.", RunTable())
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._folder
+
+    @property
+    def world(self) -> int | None:
+        """Number of ranks of the cluster, or None where only the named cluster knows it."""
+        return self.cluster.world
+
+    @property
+    def microbatch(self) -> int | None:
+        """Sequences of one microbatch, or None where the scenario leaves it open."""
+        if self.parallel is not None and "microbatch" in self.parallel.model_fields_set:
+            return self.parallel.microbatch
+        return getattr(self.workload, "microbatch", None)
+
+    def path(self, name: str) -> Path:
+        """Return the file that a relative ``name`` in the scenario stands for."""
+        return self._folder / name
+
+    def model_spec(self) -> ModelSpec:
+        """Return the network, its dtypes overridden where the scenario names them."""
+        table = self.model
+        if table is None:
+            raise InputError("the table [model] is missing: give name, hf_config or the numbers.")
+        if table.hf_config is not None:
+            config = importlib.import_module("simcore.hf_config")
+            spec: ModelSpec = config.load_hf_config(self.path(table.hf_config))
+        elif table.inline:
+            spec = table.inline_spec()
+        else:
+            spec = importlib.import_module("simcore.catalogue").load_model(table.name)
+        dtypes = {key: getattr(table, key) for key in MODEL_DTYPES if getattr(table, key)}
+        return dataclasses.replace(spec, **dtypes)
+
+    def strategy(self) -> ParallelStrategy | None:
+        """Return the parallel strategy, or None where the planner is to choose."""
+        if self.parallel is None or self.parallel.strategy == "auto":
+            return None
+        return self.parallel.resolve(self.microbatch)
+
+    def work(self) -> TrainStep | Generation | CollectiveCall | OpCall:
+        """Return what is to be run."""
+        table = self.workload
+        if isinstance(table, TrainWorkload):
+            params = table.params_dtype or ""
+            return TrainStep(
+                table.global_batch, table.seq_len, table.optimizer, params, table.grads_dtype
+            )
+        if isinstance(table, GenerateWorkload):
+            return Generation(table.batch, table.input_tokens, table.output_tokens)
+        if isinstance(table, CollectiveWorkload):
+            size, library = float(table.bytes), library_name(table.implementation)
+            return CollectiveCall(table.op, size, table.ranks, table.dtype, library)
+        mixer = (table.mixer, table.form) if isinstance(table, MixerWorkload) else ("", "")
+        library = library_name(table.implementation)
+        return OpCall(table.op, table.dims(), table.dtype, library, *mixer)
+
+
+KIND_TABLES: dict[str, type[Table]] = {
+    "train": TrainWorkload,
+    "generate": GenerateWorkload,
+    "collective": CollectiveWorkload,
+}
+OP_TABLES: dict[str, type[Table]] = {
+    op: table
+    for table in get_args(OpWorkload)
+    for op in get_args(table.model_fields["op"].annotation)
+}
+KINDS = (*KIND_TABLES, "op")
+TABLE_CLASSES: dict[str, type[Table]] = {
+    "model": ModelTable,
+    "cluster": ClusterTable,
+    "parallel": ParallelTable,
+    "decoding": DecodingTable,
+    "goal": GoalTable,
+    "run": RunTable,
+}
+TABLES = ("model", "cluster", "parallel", "workload", "decoding", "goal", "run")
+
+
+def homes_of(key: str) -> list[str]:
+    """Return the tables, or kinds of workload, that have a key of this name."""
+    found = [f"[{name}]" for name, table in TABLE_CLASSES.items() if key in table.model_fields]
+    found += [f"a {kind} [workload]" for kind, t in KIND_TABLES.items() if key in t.model_fields]
+    found += [f"a {op} [workload]" for op, table in OP_TABLES.items() if key in table.model_fields]
+    return found
