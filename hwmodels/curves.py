@@ -201,7 +201,8 @@ class Choice:
         """Return the standard deviation of log(real / predicted).
 
         The variances of the curves' held-out residuals, of the libraries' disagreement and, for a
-        borrowed curve, of carrying it between generations add up.
+        borrowed curve, of carrying it between generations add up; a curve of another family or
+        another vendor's chip counts as unmeasured besides.
         """
         logs = self._logs(shape, chip)
         own = [
@@ -212,7 +213,10 @@ class Choice:
             family = self.curves[0].family
             lender = VARIANTS[family].borrows if self.lent else family
             variance = variance + carried_deviations().get(lender, 0.0) ** 2
-        return np.asarray(np.sqrt(variance + (UNMEASURED[0][1] ** 2 if self.lent else 0.0)))
+        foreign = self.borrowed not in ("", "nowhere") and (
+            load_chip(self.borrowed).vendor != chip.vendor
+        )
+        return np.asarray(np.sqrt(variance + UNMEASURED[0][1] ** 2 * (self.lent + foreign)))
 
 
 def choose_curves(

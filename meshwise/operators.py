@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hwmodels.cost import DATASHEET_DEVIATION, ClusterCost
+from hwmodels.families import VARIANTS
 from hwmodels.families.family import Shape, matrix_peak
 from hwmodels.families.routing import expert_rows
 from hwmodels.hardware import Chip
 from hwmodels.kernels import visible_pairs, without_mask
 from hwmodels.mixers import mixer_seconds
+from meshwise.variants import checked, variant_work
 from simcore.dtypes import DTYPE_BYTES, dtype_bytes
+from simcore.errors import InputError
 from simcore.metrics import op_metrics
 from simcore.mixers import mixer_cost
 from simcore.ops import Op, Work, work
@@ -145,6 +148,8 @@ def operator_work(call: OpCall) -> Work:
         return Work(float(cost.matrix_flops), float(cost.vector_flops), float(cost.hbm_bytes))
     if call.op in PLAIN:
         return PLAIN[call.op](call.dims, call.dtype)
+    if call.op in VARIANTS:
+        return variant_work(call.op, call.dims)
     done = [(work(op), count) for op, count in OPERATORS[call.op](call.dims, call.dtype)]
     flops, vector, read, written = (
         sum(count * float(getattr(each, name)) for each, count in done)
@@ -160,7 +165,7 @@ def _sizes(call: OpCall) -> dict[str, float]:
 
 def unmasked(call: OpCall) -> float:
     """Return the share of (query, key) pairs that causal mask and window leave."""
-    if not call.op.startswith("attention"):
+    if call.op not in ("attention_prefill", "attention_decode"):
         return 1.0
     d = call.dims
     queries, keys = d.get("seq_len", 1.0), d["kv_len"]
@@ -179,6 +184,10 @@ def operator_seconds(call: OpCall, cost: ClusterCost) -> tuple[float, float]:
         name, shape = _family_shape(call)
         choice = cost.choice(name, call.dtype)
         return float(choice.seconds(shape, chip)), float(choice.deviation(shape, chip))
+    if call.op in VARIANTS:
+        raise InputError(
+            f"{call.op} is priced on accelerators alone: choose another [cluster].gpu."
+        )
     if call.op in PLAIN:
         done = PLAIN[call.op](call.dims, call.dtype)
         return _traffic_seconds(done, chip), DATASHEET_DEVIATION
@@ -193,6 +202,8 @@ def operator_seconds(call: OpCall, cost: ClusterCost) -> tuple[float, float]:
 def _family_shape(call: OpCall) -> tuple[str, Shape]:
     if call.op in FAMILY_SHAPES:
         return FAMILY_SHAPES[call.op](call.dims)
+    if call.op in VARIANTS:
+        return call.op, checked(call.op, call.dims)
     done = operator_work(call)
     moved = done.read_bytes + done.write_bytes
     return "memory", {"moved_bytes": moved, "vector_flops": done.vector_flops}

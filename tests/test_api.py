@@ -12,6 +12,7 @@ import pytest
 
 import meshwise as mw
 from hwmodels.catalogue import load_chip
+from hwmodels.families import VARIANTS
 from meshwise.setting import find_profile, resolve
 from simcore.errors import InputError
 from simcore.scenario import load_scenario
@@ -404,3 +405,34 @@ def test_a_window_leaves_fewer_pairs_and_takes_no_longer() -> None:
     assert cut["flops_per_s"] * cut["seconds"] == pytest.approx(4 * 2 * 8 * 128 * pairs)
     assert full["flops_per_s"] * full["seconds"] == pytest.approx(4 * 2 * 8 * 128 * 64 * 65 / 2)
     assert cut["seconds"] <= full["seconds"]
+
+
+HEADS = {"batch": 8, "kv_len": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128}
+VARIANT_SIZES: dict[str, dict[str, float]] = {
+    "attention_backward": {**HEADS, "seq_len": 4096},
+    "latent_attention_decode": {
+        **{"batch": 64, "kv_len": 4096, "heads": 128, "latent_dim": 512, "rope_dim": 64}
+    },
+    "latent_attention_prefill": {
+        **{"batch": 1, "seq_len": 4096, "kv_len": 4096, "heads": 128, "qk_dim": 192, "v_dim": 128}
+    },
+    "sparse_attention": {**HEADS, "seq_len": 4096, "density": 0.25},
+    "verify_attention": {**HEADS, "seq_len": 16},
+    "shared_prefix_attention": {**HEADS, "prefix_len": 2048},
+    "paged_attention_decode": {**HEADS, "page": 16},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_attention_is_an_operator(name: str) -> None:
+    table = {"kind": "op", "op": name, "sizes": VARIANT_SIZES[name]}
+    metrics = mw.predict({**GEMM, "workload": table}).metrics
+    assert 0 < metrics["flops_per_s"] < 989.4e12
+    assert 0 < metrics["bytes_per_s"] < max(t.bytes_per_s for t in load_chip("H100").tiers)
+    with pytest.raises(InputError, match="accelerators alone"):
+        mw.predict({"cluster": {"gpu": "generic-cpu"}, "workload": table})
+    first, *rest = VARIANT_SIZES[name].items()
+    with pytest.raises(InputError, match=f"lacks '{first[0]}'"):
+        mw.predict({**GEMM, "workload": {**table, "sizes": dict(rest)}})
+    with pytest.raises(InputError, match="did you mean 'batch'"):
+        mw.predict({**GEMM, "workload": {**table, "sizes": {**dict(rest), "bach": 1}}})

@@ -189,6 +189,15 @@ def _edge(chip: Chip, dtype: str) -> float:
     return 1.0 if low <= cycle <= high else float(2.0 ** round(np.log2(cycle / _TYPICAL_RATE) / 2))
 
 
+def _divided(chip: Chip, dtype: str) -> Chip:
+    """Return the chip with few wide units, such as a TPU's, as many units of the usual width.
+
+    A wide unit is several arrays side by side, which work on blocks of their own.
+    """
+    edge = _edge(chip, dtype)
+    return chip if edge <= 1 else replace(chip, units=round(chip.units * edge**2))
+
+
 def _operand_bytes(dtype: str) -> float:
     """Return bytes of an element in the products: weight-only formats leave it at 16 bits."""
     if dtype.endswith("_wo"):
@@ -309,6 +318,7 @@ def seconds(
     ``c``: all coefficients of both families. ``tiling``: instead of the chip's usual one.
     """
     tiling = tiling or tiling_of(chip)
+    chip = _divided(chip, dtype)
     grouped = float(call.decode) if tiling.swaps else c["grouped"]
     busy = np.zeros(())
     for choice, share in ((True, grouped), (False, 1 - grouped)):

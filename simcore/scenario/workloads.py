@@ -235,6 +235,21 @@ class MixerWorkload(_OpTable):
         return dict(self.sizes)
 
 
+class VariantWorkload(_OpTable):
+    """A kind of attention priced from that of prefill or decode: docs/scenario.md has its sizes."""
+
+    op: Literal[
+        "attention_backward", "latent_attention_decode", "latent_attention_prefill",
+        "paged_attention_decode", "shared_prefix_attention", "sparse_attention",
+        "verify_attention",
+    ] = key_of("Operator.")  # fmt: skip
+    sizes: dict[Text, Size] = key_of("Sizes, column by column; they depend on the operator.")
+
+    def dims(self) -> dict[str, float]:
+        """Return the sizes."""
+        return dict(self.sizes)
+
+
 OpWorkload = (
     GemmWorkload
     | AttentionPrefillWorkload
@@ -242,5 +257,6 @@ OpWorkload = (
     | MoeWorkload
     | RowwiseWorkload
     | MixerWorkload
+    | VariantWorkload
 )
 AnyWorkload = TrainWorkload | GenerateWorkload | CollectiveWorkload | OpWorkload
