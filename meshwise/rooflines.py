@@ -11,7 +11,7 @@ from hwmodels.families.family import Array
 from hwmodels.hardware import Chip
 from simcore.errors import InputError
 from validation.accuracy.kernels import arithmetic_flops, least_bytes
-from validation.datasets import LAYOUTS, Sample, kernel_samples
+from validation.datasets import LAYOUTS, Sample, kernel_files, kernel_samples
 
 Points = dict[str, tuple[Array, Array]]
 SHOWN = 400  # points of one library that a picture shows
@@ -27,7 +27,8 @@ def measured_points(chip: Chip, dtype: str, data: Path) -> Points:
     """Return the measured points of ``chip``. Raises `InputError` where ``data`` has none."""
     found: dict[str, list[tuple[Array, Array]]] = {}
     for family in LAYOUTS:
-        for sample in kernel_samples(data, family):
+        samples = kernel_samples(data, family) if kernel_files(data, family) else []
+        for sample in samples:
             if sample.chip == chip.name and sample.dtype == dtype:
                 thin = sample.take(np.arange(0, len(sample), max(1, len(sample) // SHOWN)))
                 found.setdefault(family.replace("_", " "), []).append(_points(thin))

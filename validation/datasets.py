@@ -104,10 +104,14 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def kernel_files(data: Path, family: str) -> list[Path]:
+    """Return the files under ``data``/kernels that hold ``family``."""
+    return sorted((data / "kernels").glob(LAYOUTS[family].files))
+
+
 def kernel_samples(data: Path, family: str) -> list[Sample]:
     """Return the samples of ``family`` under ``data``/kernels. Raises `InputError` for none."""
-    layout = LAYOUTS[family]
-    files = sorted((data / "kernels").glob(layout.files))
+    layout, files = LAYOUTS[family], kernel_files(data, family)
     if not files:
         raise InputError(f"{data} holds no kernels/{layout.files}: name the data's folder.")
     groups: dict[tuple[str, str, str], list[Row]] = {}
