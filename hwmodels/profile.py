@@ -32,7 +32,6 @@ class Profile:
     messages: tuple[float, float]
     peaks: Mapping[str, float]
     alone: Mapping[str, float] = field(default_factory=dict)
-    memory_bytes: float = 0.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +53,6 @@ def read_profile(path: Path) -> Profile:
             (float(table["messages"][0]), float(table["messages"][1])),
             {str(k): float(v) for k, v in table["peaks"].items()},
             {str(k): float(v) for k, v in table.get("alone", {}).items()},
-            float(table.get("memory_bytes", 0.0)),
             table.get("provenance", {}),
         )
     except OSError as error:

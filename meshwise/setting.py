@@ -105,11 +105,11 @@ def machine_bytes() -> float:
         return 0.0
 
 
-def rank_memory_bytes(cluster: Cluster, profile: Profile | None) -> float:
+def rank_memory_bytes(cluster: Cluster) -> float:
     """Return the memory of one rank; on this machine the ranks share its memory evenly."""
     if cluster.chip.name != THIS_CPU:
         return float(cluster.chip.hbm.size_bytes)
-    whole = (profile.memory_bytes if profile else 0.0) or machine_bytes()
+    whole = machine_bytes()
     return whole / cluster.gpus_per_node if whole else float(cluster.chip.hbm.size_bytes)
 
 
@@ -192,7 +192,7 @@ def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
     cluster = scenario_cluster(scenario)
     path = Path(profile) if profile is not None else None
     found, known = find_profile(cluster, path), find_curves(cluster, path)
-    memory = rank_memory_bytes(cluster, found)
+    memory = rank_memory_bytes(cluster)
     assumptions, warnings = _speed_notes(cluster, found, known)
     host = launching(scenario, cluster, found)
     return Setting(
