@@ -139,6 +139,7 @@ def _read(path: Path) -> Table:
         raise InputError(f"{path}: not a TOML file ({error}): mend that line.") from None
 
 
+@lru_cache(maxsize=8)
 def _names(folder: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (DATA / folder).glob("*.toml")))
 
