@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simcore.errors import InputError, unknown
+from simcore.pipelines.greedy import bitpipe, chimera, hanayo
 from simcore.pipelines.looped import (
     interleaved,
     interleaved_zero_bubble,
@@ -84,6 +85,9 @@ SCHEDULES: dict[str, Schedule] = {
     "zbv": Schedule(zero_bubble_v, 2),
     "dualpipev": Schedule(dualpipe_v, 2),
     "dualpipe": Schedule(dualpipe, 1, copies=2),
+    "hanayo": Schedule(hanayo, None),
+    "chimera": Schedule(chimera, 1, copies=2),
+    "bitpipe": Schedule(bitpipe, 2, copies=2),
 }
 
 
