@@ -380,12 +380,10 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     for unit in UNITS:
         low.sharding_blocks(unit)
     bodies = _pipeline_bodies(low, tp.local(rows.tokens) * model.hidden, placement)
+    reduced = [last_reduces(actions) for actions in orders]
     order = tuple(
-        (
-            *with_messages(last_reduces(actions), placement),
-            *_ending(bodies, placement, rank),
-        )
-        for rank, actions in enumerate(orders)
+        (*actions, *_ending(bodies, placement, rank))
+        for rank, actions in enumerate(with_messages(reduced, placement))
     )
     info = {
         "kind": "train",
@@ -535,7 +533,7 @@ def lower_pass(
     passes = [[Action(stage, "F", 0)] for stage in range(parallel.pp)]
     placement = Placement.of(passes)
     bodies = _pipeline_bodies(low, rows.tokens * model.hidden, placement)
-    order = tuple(tuple(with_messages(actions, placement)) for actions in passes)
+    order = tuple(map(tuple, with_messages(passes, placement)))
     if parallel.pp > 1:
         order = _token_return(low, bodies, order, rows.batch)
     low.buffers = {

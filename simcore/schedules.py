@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from simcore.errors import InputError, unknown
 from simcore.pipelines.greedy import bitpipe, chimera, hanayo
@@ -19,6 +20,7 @@ from simcore.pipelines.looped import (
     zero_bubble_h2,
 )
 from simcore.pipelines.orders import Order
+from simcore.pipelines.text import from_file
 from simcore.pipelines.vee import dualpipe, dualpipe_v, zero_bubble_v
 from simcore.program import Action
 
@@ -92,7 +94,12 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def find_schedule(name: str) -> Schedule:
-    """Return the schedule of that name. Raises `InputError` where there is none."""
+    """Return the schedule of that name, or in the CSV file of that name (torch's notation).
+
+    Raises `InputError` where there is none.
+    """
+    if name.endswith(".csv"):
+        return Schedule(partial(from_file, name), None)
     if name not in SCHEDULES:
         raise unknown("schedule", name, SCHEDULES)
     return SCHEDULES[name]

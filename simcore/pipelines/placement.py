@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from simcore.pipelines.orders import Order, stage_ranks
 from simcore.program import Action
@@ -34,43 +36,96 @@ class Placement:
         """Return how many ranks on ``other`` is; 0 on the same rank, or where there is none."""
         return 0 if other is None else self.stage_rank[other] - self.stage_rank[stage]
 
-    def received(self, action: Action) -> tuple[str, int] | None:
-        """Return (kind of message, step to its sender) that an action needs, if any."""
+    def received(self, action: Action) -> Message | None:
+        """Return the message that an action needs, if any."""
         if action.kind == "F":
-            kind, step = "RECV_F", self.step(action.stage, self.before(action.stage))
-        elif action.kind in BACKWARD:
-            kind, step = "RECV_B", self.step(action.stage, self.after(action.stage))
-        else:
-            return None
-        return (kind, step) if step else None
+            return self._message(self.before(action.stage), action, "F")
+        if action.kind in BACKWARD:
+            return self._message(self.after(action.stage), action, "B")
+        return None
 
-    def sent(self, action: Action) -> tuple[str, int] | None:
-        """Return (kind of message, step to its receiver) that an action gives rise to, if any."""
+    def sent(self, action: Action) -> Message | None:
+        """Return the message that an action gives rise to, if any."""
         if action.kind == "F":
-            kind, step = "SEND_F", self.step(action.stage, self.after(action.stage))
-        elif action.kind in BACKWARD:
-            kind, step = "SEND_B", self.step(action.stage, self.before(action.stage))
-        else:
+            return self._message(action.stage, action, "F", self.after(action.stage))
+        if action.kind in BACKWARD:
+            return self._message(action.stage, action, "B", self.before(action.stage))
+        return None
+
+    def _message(
+        self, source: int | None, action: Action, channel: str, target: int | None = -1
+    ) -> Message | None:
+        target = action.stage if target == -1 else target
+        if source is None or target is None or not self.step(source, target):
             return None
-        return (kind, step) if step else None
+        ranks = self.stage_rank[source], self.stage_rank[target]
+        return Message(source, target, *ranks, channel, action.microbatch)
+
+
+class Message(NamedTuple):
+    """Activations (channel ``F``) or gradients (``B``) of a microbatch on their way."""
+
+    source: int  # stages
+    target: int
+    src: int  # their ranks
+    dst: int
+    channel: str
+    microbatch: int
+
+    @property
+    def send(self) -> Action:
+        """The action that sends it."""
+        return Action(self.source, f"SEND_{self.channel}", self.microbatch)
+
+    @property
+    def receive(self) -> Action:
+        """The action that receives it."""
+        return Action(self.target, f"RECV_{self.channel}", self.microbatch)
+
+    @property
+    def way(self) -> tuple[int, int, str]:
+        """What keeps messages in order: the two ranks and the channel."""
+        return self.src, self.dst, self.channel
 
 
 BACKWARD = ("B", "BR", "I")  # what gives the gradient that the stage before needs
+Ways = dict[tuple[int, int, str], deque[Message]]
 
 
-def with_messages(actions: Sequence[Action], placement: Placement) -> list[Action]:
-    """Add sends after and receives one action before the actions that need them."""
+def ways(order: Sequence[Sequence[Action]], placement: Placement) -> Ways:
+    """Return the messages between every two ranks as they are sent."""
+    found: Ways = {}
+    for actions in order:
+        for message in filter(None, map(placement.sent, actions)):
+            found.setdefault(message.way, deque()).append(message)
+    return found
 
-    def receives(action: Action) -> list[Action]:
-        found = placement.received(action)
-        return [action._replace(kind=found[0])] if found else []
 
-    out = receives(actions[0])
-    for action, following in zip(actions, [*actions[1:], None], strict=True):
-        out += receives(following) if following else []
-        sent = placement.sent(action)
-        out += [action, *([action._replace(kind=sent[0])] if sent else [])]
-    return out
+def with_messages(order: Sequence[Sequence[Action]], placement: Placement) -> list[list[Action]]:
+    """Add sends after and receives one action before the actions that need them.
+
+    Messages from one rank to another are received as they are sent: those that come before a
+    needed one are received with it.
+    """
+    sent = ways(order, placement)
+    done: set[Message] = set()
+
+    def receives(action: Action) -> Iterator[Action]:
+        wanted = placement.received(action)
+        while wanted is not None and wanted not in done:
+            message = sent[wanted.way].popleft()
+            done.add(message)
+            yield message.receive
+
+    found: list[list[Action]] = []
+    for actions in order:
+        out = [*receives(actions[0])]
+        for action, following in zip(actions, [*actions[1:], None], strict=True):
+            out += receives(following) if following else []
+            message = placement.sent(action)
+            out += [action, *([message.send] if message else [])]
+        found.append(out)
+    return found
 
 
 def last_reduces(actions: Sequence[Action]) -> list[Action]:
