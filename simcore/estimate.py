@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from simcore.costs import CostModel, Network, transfer_seconds
 from simcore.ops import Op, work
-from simcore.program import Action, Key, Program, group_ranks, rank_at
+from simcore.program import Action, Call, Key, Program, group_ranks, rank_at
 from simcore.templates import HOST, Clock, Template, price, templates
 from simcore.timeline import Span, Timeline
 
@@ -32,7 +32,7 @@ def is_message(action: Action) -> bool:
 
 def is_tie(action: Action) -> bool:
     """Whether the action is a collective of several pipeline ranks."""
-    return action.kind == "TIE"
+    return action.kind.startswith("TIE")
 
 
 def only_op(program: Program, action: Action) -> Op:
@@ -58,8 +58,8 @@ class Channel:
     seconds: float
     size_bytes: float
     streams: list[str] = field(default_factory=lambda: ["", ""])  # of the two ends
-    sent: deque[tuple[float, int]] = field(default_factory=deque)  # when, microbatch
-    posted: deque[tuple[float, int, Key]] = field(default_factory=deque)
+    sent: deque[tuple[float, tuple[int, int]]] = field(default_factory=deque)  # when, what
+    posted: deque[tuple[float, tuple[int, int], Key]] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class _Path:
     clocks: list[Clock]
     ports: dict[tuple[int, str], tuple[Channel, Key, float]] = field(default_factory=dict)
     channels: dict[tuple[int, int, str], Channel] = field(default_factory=dict)
-    ties: dict[str, dict[int, float]] = field(default_factory=dict)
+    ties: dict[tuple[Call, int], dict[int, float]] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
 
     def advance(self, rank: int) -> bool:
@@ -95,10 +95,10 @@ class _Path:
         clock.at[HOST] = posted = clock.at[HOST] + issue
         key = name, layer, each if each < 0 else action.microbatch
         if rank == channel.src:
-            channel.sent.append((max(posted, clock.at.get(key, 0.0)), action.microbatch))
+            channel.sent.append((max(posted, clock.at.get(key, 0.0)), (layer, action.microbatch)))
         else:
             clock.at[key] = math.inf
-            channel.posted.append((posted, action.microbatch, key))
+            channel.posted.append((posted, (layer, action.microbatch), key))
         while channel.sent and channel.posted:
             self.deliver(channel)
 
@@ -140,11 +140,12 @@ class _Path:
         seconds, issue, blocking = price(op, self.cost)
         read = self.program.key(op.reads[0], call.layer, action.microbatch)
         here = representative(self.program, rank)
-        came = self.ties.setdefault(call.block, {})
+        members = group_ranks(self.program.mesh, op.group, here)
+        came = self.ties.setdefault((call, members[0]), {})
         came[here] = max(
             clock.at[HOST] + float(issue), clock.at.get(op.stream, 0.0), clock.at.get(read, 0.0)
         )
-        if len(came) < len(group_ranks(self.program.mesh, op.group, here)):
+        if len(came) < len(members):
             return False
         start = max(came.values())
         end = start + float(seconds)

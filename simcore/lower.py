@@ -7,6 +7,7 @@ gradient buffers, gathers and reductions, sends and receives, the optimizer, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,8 +26,10 @@ from simcore.network import (
     layer_block,
 )
 from simcore.ops import Buffer, Op, Size
-from simcore.program import Action, Block, Call, Program
-from simcore.schedules import SCHEDULES
+from simcore.pipelines.orders import Order, is_split
+from simcore.pipelines.placement import Placement, last_reduces, with_messages
+from simcore.program import MIRROR, Action, Block, Call, Program
+from simcore.schedules import find_schedule
 from simcore.strategy import MESH_AXES, ParallelStrategy, microbatches, stage_layers
 from simcore.workloads import Generation, TrainStep
 
@@ -67,6 +70,7 @@ class _Lowering:
     sequence: bool
     grads_dtype: str
     optimizer: str
+    split: bool = False  # whether some backward comes as input and weight gradients
     buffers: dict[str, Buffer] = field(default_factory=dict)
     blocks: dict[str, tuple[Op, ...]] = field(default_factory=dict)
 
@@ -256,7 +260,10 @@ def _prefetched(calls: list[list[Call]], unshard: list[list[Call]]) -> tuple[Cal
 
 
 def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tuple[Call, ...]]:
-    """Return the bodies of one stage: F, B, BR (backward of the last microbatch), O (optimizer)."""
+    """Return the bodies of one stage: F, B, BR (backward of the last microbatch), O (optimizer).
+
+    Where backwards are split also I, W and WR.
+    """
 
     def present(unit: Call, what: str) -> list[Call]:
         name = f"{unit.block}.{what}"
@@ -278,10 +285,12 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
     always = low.shards.stage >= 2
     full = low.parallel.recompute == "full"
 
+    def again(unit: Call) -> list[Call]:
+        return present(unit, "F") if full and unit.block == "layer" else []
+
     def back(unit: Call, last: bool) -> list[Call]:
-        again = present(unit, "F") if full and unit.block == "layer" else []
         reduce = present(unit, "reduce") if always or last else []
-        return [*first(unit, "clear"), *again, *present(unit, "B"), *reduce]
+        return [*first(unit, "clear"), *again(unit), *present(unit, "B"), *reduce]
 
     def backs(last: bool) -> list[list[Call]]:
         """Every unit's backward; its reduced gradients are settled one unit later, when they
@@ -294,7 +303,16 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
     reverse = units[::-1]
     gathers = [present(u, "unshard") for u in units]
     regathers = [first(u, "unshard") for u in reverse]
-    return {
+    split: dict[str, tuple[Call, ...]] = {}
+    if low.split:
+        split = {
+            f"{stage}I": tuple(c for u in reverse for c in (*again(u), *present(u, "I"))),
+            f"{stage}W": tuple(c for u in reverse for c in present(u, "W")),
+            f"{stage}WR": tuple(
+                c for u in reverse for c in (*present(u, "W"), *present(u, "reduce"))
+            ),
+        }
+    return split | {
         f"{stage}F": _prefetched([present(u, "F") for u in units], gathers),
         f"{stage}B": _prefetched(backs(False), regathers),
         f"{stage}BR": _prefetched(backs(True), regathers),
@@ -302,54 +320,18 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
     }
 
 
-def _boundary(low: _Lowering, elements: Size) -> None:
-    """Add the blocks that pass activations and gradients between neighbouring stages."""
-    for name, buffer, step in (("F", "h", 1), ("B", "d.h", -1)):
-        dims, dtype = {"n": elements}, low.model.compute_dtype
-        for kind, peer in (("send", step), ("recv", -step)):
-            reads, writes = ((buffer,), ()) if kind == "send" else ((), (buffer,))
-            low.blocks[f"{kind}_{name.lower()}"] = (
-                Op(
-                    kind,
-                    dims,
-                    dtype,
-                    reads,
-                    writes,
-                    f"{kind}_{name.lower()}",
-                    "pp",
-                    {"peer": peer, "channel": name},
-                ),
-            )
-
-
-def _with_communication(actions: list[Action], stages: int) -> list[Action]:
-    """Add sends after and receives one action before the actions that need them."""
-
-    def receives(action: Action) -> list[Action]:
-        if action.kind == "F" and action.stage > 0:
-            return [Action(action.stage, "RECV_F", action.microbatch)]
-        if action.kind.startswith("B") and action.stage < stages - 1:
-            return [Action(action.stage, "RECV_B", action.microbatch)]
-        return []
-
-    def sends(action: Action) -> list[Action]:
-        if action.kind == "F" and action.stage < stages - 1:
-            return [Action(action.stage, "SEND_F", action.microbatch)]
-        if action.kind.startswith("B") and action.stage > 0:
-            return [Action(action.stage, "SEND_B", action.microbatch)]
-        return []
-
-    out: list[Action] = receives(actions[0])
-    for action, following in zip(actions, [*actions[1:], None], strict=True):
-        out += receives(following) if following else []
-        out += [action, *sends(action)]
-    return out
-
-
-def _last_reduces(actions: list[Action]) -> list[Action]:
-    """Mark each stage's last backward, which also reduces gradients."""
-    final = {a.stage: i for i, a in enumerate(actions) if a.kind == "B"}
-    return [a._replace(kind="BR") if final.get(a.stage) == i else a for i, a in enumerate(actions)]
+def _message(low: _Lowering, kind: str, peer: int, elements: Size) -> str:
+    """Add the block of a message to or from the rank ``peer`` places on; return its name."""
+    call, channel = kind.lower().split("_")
+    forward = channel == "f"
+    usual = 1 if forward == (call == "send") else -1
+    name = kind.lower() if peer == usual else f"{kind.lower()}{peer:+d}"
+    buffer = ("h",) if forward else ("d.h",)
+    reads, writes = (buffer, ()) if call == "send" else ((), buffer)
+    attrs = {"peer": peer, "channel": channel.upper()}
+    dims, dtype = {"n": elements}, low.model.compute_dtype
+    low.blocks[name] = (Op(call, dims, dtype, reads, writes, name, "pp", attrs),)
+    return name
 
 
 def _check_dtypes(model: ModelSpec, workload: TrainStep) -> None:
@@ -372,9 +354,11 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         model = replace(model, weights_dtype=workload.params_dtype)
     check_lowerable(model, workload.seq_len)
     _check_dtypes(model, workload)
-    if parallel.schedule not in SCHEDULES:
-        raise unknown("schedule", parallel.schedule, SCHEDULES)
+    schedule = find_schedule(parallel.schedule)
     count = microbatches(parallel, workload)
+    orders = schedule(parallel.pp, count, parallel.virtual_stages)
+    placement = Placement.of(orders, schedule.copies)
+    _check_backward(parallel, orders)
     rows = Rows(parallel.microbatch, workload.seq_len)
     tp = TensorParallel(parallel.tp, parallel.sequence_parallel)
     if tp.shards_tokens and rows.tokens % parallel.tp:
@@ -389,21 +373,17 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         tp.shards_tokens,
         workload.grads_dtype,
         workload.optimizer,
+        is_split(orders),
     )
     _forward_blocks(low, tp, rows, 1.0 / (workload.global_batch * workload.seq_len))
     _backward_blocks(low)
     for unit in UNITS:
         low.sharding_blocks(unit)
-    bodies, layers = _pipeline_bodies(low, tp.local(rows.tokens) * model.hidden)
-    stages = len(layers)
-    orders = SCHEDULES[parallel.schedule](stages, count)
+    bodies = _pipeline_bodies(low, tp.local(rows.tokens) * model.hidden, placement)
+    reduced = [last_reduces(actions) for actions in orders]
     order = tuple(
-        (
-            *_with_communication(_last_reduces(actions), stages),
-            *([Action(rank, "TIE", 0)] if f"{rank}TIE" in bodies else []),
-            Action(rank, "O", 0),
-        )
-        for rank, actions in enumerate(orders)
+        (*actions, *_ending(bodies, placement, rank))
+        for rank, actions in enumerate(with_messages(reduced, placement))
     )
     info = {
         "kind": "train",
@@ -415,38 +395,94 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         "keep": ("loss",),
         "schedule": parallel.schedule,
     }
-    return _program(low, bodies, order, info)
+    return _program(low, bodies, order, placement, info)
+
+
+def _check_backward(parallel: ParallelStrategy, orders: Order) -> None:
+    """Raise where gradients would have to be sharded twice, once per part of a backward."""
+    if is_split(orders) and Sharding.of(parallel).stage >= 2:
+        raise InputError(
+            f"the schedule {parallel.schedule!r} splits backwards, which needs zero_stage 0 or 1: "
+            "lower [parallel].zero_stage, or choose '1f1b'."
+        )
+
+
+def _ending(
+    bodies: dict[str, tuple[Call, ...]], placement: Placement, rank: int
+) -> Iterator[Action]:
+    """Yield what a rank does after its last backward: sums over copies, then the optimizer."""
+    mine = [stage for stage, place in enumerate(placement.stage_rank) if place == rank]
+    by_layer = sorted(mine, key=lambda stage: stage % placement.chain)
+    for stage in by_layer:
+        ties = [body for body in bodies if body.startswith(f"{stage}TIE")]
+        yield from (Action(stage, body.removeprefix(str(stage)), 0) for body in ties)
+    yield from (Action(stage, "O", 0) for stage in mine)
 
 
 def _pipeline_bodies(
-    low: _Lowering, boundary: Size
-) -> tuple[dict[str, tuple[Call, ...]], tuple[int, ...]]:
+    low: _Lowering, boundary: Size, placement: Placement
+) -> dict[str, tuple[Call, ...]]:
     layers = stage_layers(low.model, low.parallel)
-    last = len(layers) - 1
+    last = placement.chain - 1
     bodies: dict[str, tuple[Call, ...]] = {}
-    first = 0
-    if last:
-        _boundary(low, boundary)
-    for stage, count in enumerate(layers):
-        units = _units(first, count, embed=stage == 0, head=stage == last)
+    for stage in range(len(placement.stage_rank)):
+        place = stage % placement.chain
+        first, count = sum(layers[:place]), layers[place]
+        units = _units(first, count, embed=place == 0, head=place == last)
         bodies |= _stage_bodies(low, stage, units)
-        if stage:
-            bodies |= {
-                f"{stage}{kind}": (Call(kind.lower(), first),) for kind in ("RECV_F", "SEND_B")
-            }
-        if stage < last:
-            bodies |= {
-                f"{stage}{kind}": (Call(kind.lower(), first + count),)
-                for kind in ("SEND_F", "RECV_B")
-            }
-        first += count
+        edges = (
+            (first, placement.before(stage), ("RECV_F", "SEND_B")),
+            (first + count, placement.after(stage), ("SEND_F", "RECV_B")),
+        )
+        for layer, other, kinds in edges:
+            step = placement.step(stage, other)
+            for kind in kinds if step else ():
+                bodies[f"{stage}{kind}"] = (Call(_message(low, kind, step, boundary), layer),)
     if low.model.tied_embeddings and last and "embed.step" in low.blocks:
-        _tie(low, bodies, last)
-    return bodies, layers
+        _tie(low, bodies, placement)
+    if len(placement.stage_rank) > placement.chain:
+        _sum_copies(low, bodies, placement)
+    return bodies
 
 
-def _tie(low: _Lowering, bodies: dict[str, tuple[Call, ...]], last: int) -> None:
-    """Sum the tied table's gradient over the first and the last stage (Megatron-LM)."""
+def _sum_copies(low: _Lowering, bodies: dict[str, tuple[Call, ...]], placement: Placement) -> None:
+    """Sum every unit's gradient over the two ranks that have a copy of it."""
+    if low.model.tied_embeddings:
+        raise InputError(
+            "tied embeddings need a schedule with one copy of the network: choose 'dualpipev' or "
+            "'1f1b'."
+        )
+    for stage in range(len(placement.stage_rank)):
+        for number, call in enumerate(bodies[f"{stage}O"]):
+            unit = call.block.removesuffix(".step")
+            name = f"{unit}.gs" if low.shards.stage else f"{unit}.g"
+            grads = low.buffers[name]
+            summed = Op(
+                "all_reduce",
+                {"n": grads.elements},
+                grads.dtype,
+                (name,),
+                (name,),
+                "dp",
+                MIRROR,
+            )
+            low.blocks[f"{unit}.sum"] = (summed,)
+            bodies[f"{stage}TIE{number}"] = (Call(f"{unit}.sum", call.layer),)
+
+
+def _tie(low: _Lowering, bodies: dict[str, tuple[Call, ...]], placement: Placement) -> None:
+    """Sum the tied table's gradient over the first and the last stage (Megatron-LM).
+
+    Where one rank holds both, it keeps one gradient, and nothing is left to do.
+    """
+    last = placement.chain - 1
+    if low.shards.stage >= 2:
+        raise InputError(
+            "tied embeddings with pp > 1 need zero_stage 0 or 1 in this version: lower "
+            "[parallel].zero_stage or pp."
+        )
+    if placement.stage_rank[0] == placement.stage_rank[last]:
+        return
     grads = low.buffers["embed.gs" if low.shards.stage else "embed.g"]
     name = "embed.gs" if low.shards.stage else "embed.g"
     low.add(
@@ -456,26 +492,22 @@ def _tie(low: _Lowering, bodies: dict[str, tuple[Call, ...]], last: int) -> None
     for stage in (0, last):
         bodies[f"{stage}TIE"] = (Call("embed.tie", 0),)
     bodies[f"{last}O"] += (Call("embed.step", 0),)
-    for kind in ("B", "BR"):
-        if Call("embed.reduce", 0) in bodies[f"0{kind}"]:
+    for kind in ("B", "BR", "WR"):
+        if Call("embed.reduce", 0) in bodies.get(f"0{kind}", ()):
             bodies[f"{last}{kind}"] += (Call("embed.reduce", 0),)
-    if low.shards.stage >= 2:
-        raise InputError(
-            "tied embeddings with pp > 1 need zero_stage 0 or 1 in this version: lower "
-            "[parallel].zero_stage or pp."
-        )
 
 
 def _program(
     low: _Lowering,
     bodies: dict[str, tuple[Call, ...]],
     order: tuple[tuple[Action, ...], ...],
+    placement: Placement,
     info: dict[str, object],
 ) -> Program:
     used = {call.block for body in bodies.values() for call in body}
     blocks = {n: Block(n, ops) for n, ops in low.blocks.items() if n in used}
     mesh = {axis: getattr(low.parallel, axis) for axis in MESH_AXES}
-    return Program(mesh, blocks, low.buffers, bodies, order, tuple(range(len(order))), info)
+    return Program(mesh, blocks, low.buffers, bodies, order, placement.stage_rank, info)
 
 
 def lower_pass(
@@ -486,6 +518,11 @@ def lower_pass(
     ``new`` and ``cached`` may be arrays (one value per pass) when the program is only priced.
     """
     check_lowerable(model, int(np.max(new + cached)))
+    if parallel.virtual_stages > 1:
+        raise InputError(
+            f"[parallel].virtual_stages = {parallel.virtual_stages} serves training alone: remove "
+            "it to generate."
+        )
     if model.compute_dtype not in DTYPE_BYTES:
         raise unknown("dtype", model.compute_dtype, DTYPE_BYTES)
     rows = Rows(batch // parallel.dp, new, cached, keep_cache=True)
@@ -493,12 +530,11 @@ def lower_pass(
     plain = replace(parallel, zero_stage=0)
     low = _Lowering(model, plain, Sharding(0, "", 1), False, "fp32", "adam")
     _forward_blocks(low, tp, rows, 0)
-    bodies, layers = _pipeline_bodies(low, rows.tokens * model.hidden)
-    stages = len(layers)
-    order = tuple(
-        tuple(_with_communication([Action(stage, "F", 0)], stages)) for stage in range(stages)
-    )
-    if stages > 1:
+    passes = [[Action(stage, "F", 0)] for stage in range(parallel.pp)]
+    placement = Placement.of(passes)
+    bodies = _pipeline_bodies(low, rows.tokens * model.hidden, placement)
+    order = tuple(map(tuple, with_messages(passes, placement)))
+    if parallel.pp > 1:
         order = _token_return(low, bodies, order, rows.batch)
     low.buffers = {
         n: b
@@ -514,7 +550,7 @@ def lower_pass(
         "dp": parallel.dp,
         "keep": ("next",),
     }
-    return _program(low, bodies, order, info)
+    return _program(low, bodies, order, placement, info)
 
 
 def _token_return(

@@ -22,6 +22,7 @@ from simcore.liveness import activation_peaks, residents
 from simcore.lower import lower_pass
 from simcore.models import ModelSpec, active_parameter_count
 from simcore.ops import Size, work
+from simcore.pipelines.orders import is_split
 from simcore.program import Action, Program
 from simcore.strategy import ParallelStrategy
 from simcore.templates import lay
@@ -90,6 +91,8 @@ def heaviest_ranks(program: Program) -> list[int]:
     The peak of ranks with equal stages grows with the microbatches in flight, so no other is worse.
     """
     found: dict[object, tuple[int, int]] = {}
+    if is_split(program.order):  # what waits for its weight gradient counts too
+        return list(range(len(program.order)))
     for rank, actions in enumerate(program.order):
         kinds = {action.body: action.kind for action in actions}
         low = min(call.layer for body in kinds for call in program.bodies[body])
@@ -105,7 +108,7 @@ def most_in_flight(actions: Sequence[Action]) -> int:
     """Return the largest number of microbatches between their forward and backward."""
     flying, most = 0, 0
     for action in actions:
-        flying += (action.kind == "F") - (action.kind in ("B", "BR"))
+        flying += (action.kind == "F") - (action.kind in ("B", "BR", "W", "WR"))
         most = max(most, flying)
     return most
 

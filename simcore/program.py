@@ -98,11 +98,12 @@ PERSISTENT = frozenset({"weight", "grad", "state", "cache"})
 
 
 ENDS = "ends"  # the group of the first and the last pipeline rank
+MIRROR = "mirror"  # the group of the pipeline ranks r and p - 1 - r
 
 
 def axis_degree(mesh: Mapping[str, int], group: str) -> int:
-    """Return the ranks in a group along ``group``: an axis, axes joined by ``*``, or the ends."""
-    if group == ENDS:
+    """Return the ranks in a group: an axis, axes joined by ``*``, ends or mirrors."""
+    if group in (ENDS, MIRROR):
         return min(2, mesh["pp"])
     total = 1
     for axis in filter(None, group.split("*")):
@@ -132,6 +133,9 @@ def group_ranks(mesh: Mapping[str, int], group: str, rank: int) -> list[int]:
     mine = coordinates(mesh, rank)
     if group == ENDS:
         return [rank_at(mesh, mine | {"pp": end}) for end in sorted({0, mesh["pp"] - 1})]
+    if group == MIRROR:
+        both = sorted({mine["pp"], mesh["pp"] - 1 - mine["pp"]})
+        return [rank_at(mesh, mine | {"pp": place}) for place in both]
     total = axis_degree(mesh, group)
     members = []
     for index in range(total):

@@ -7,10 +7,22 @@ weight gradient alone (torch's notation). Communication is added by `simcore.low
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+from simcore.errors import InputError, unknown
+from simcore.pipelines.greedy import bitpipe, chimera, hanayo
+from simcore.pipelines.looped import (
+    interleaved,
+    interleaved_zero_bubble,
+    looped_bfs,
+    zero_bubble_h1,
+    zero_bubble_h2,
+)
+from simcore.pipelines.orders import Order
+from simcore.pipelines.text import from_file
+from simcore.pipelines.vee import dualpipe, dualpipe_v, zero_bubble_v
 from simcore.program import Action
-
-Order = list[list[Action]]
 
 
 def gpipe(stages: int, microbatches: int) -> Order:
@@ -36,7 +48,58 @@ def one_f_one_b(stages: int, microbatches: int) -> Order:
     return order
 
 
-SCHEDULES: dict[str, Callable[[int, int], Order]] = {
-    "1f1b": one_f_one_b,
-    "gpipe": gpipe,
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A pipeline schedule: (ranks, microbatches) to each rank's actions.
+
+    ``stages_per_rank``: how many stages of the network a rank holds; None where the user chooses,
+    and ``order`` then takes that number as its third argument. ``copies`` of the network enter
+    the pipeline at either end. The rank of every stage follows from the order.
+    """
+
+    order: Callable[..., Order]
+    stages_per_rank: int | None = 1
+    copies: int = 1
+
+    def __call__(self, ranks: int, microbatches: int, virtual: int = 1) -> Order:
+        """Return each rank's actions. Raises `InputError` for numbers that it cannot have."""
+        self.check(virtual)
+        more = (virtual,) if self.stages_per_rank is None else ()
+        return self.order(ranks, microbatches, *more)
+
+    def check(self, virtual: int) -> None:
+        """Raise `InputError` where a rank cannot have so many stages."""
+        if self.stages_per_rank is not None and virtual != self.stages_per_rank:
+            raise InputError(
+                f"this schedule puts {self.stages_per_rank} stages on every rank, not {virtual}: "
+                f"set [parallel].virtual_stages = {self.stages_per_rank}, or choose 'interleaved'."
+            )
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "1f1b": Schedule(one_f_one_b),
+    "gpipe": Schedule(gpipe),
+    "interleaved": Schedule(interleaved, None),
+    "looped_bfs": Schedule(looped_bfs, None),
+    "zb_h1": Schedule(zero_bubble_h1),
+    "zb_h2": Schedule(zero_bubble_h2),
+    "interleaved_zb": Schedule(interleaved_zero_bubble, None),
+    "zbv": Schedule(zero_bubble_v, 2),
+    "dualpipev": Schedule(dualpipe_v, 2),
+    "dualpipe": Schedule(dualpipe, 1, copies=2),
+    "hanayo": Schedule(hanayo, None),
+    "chimera": Schedule(chimera, 1, copies=2),
+    "bitpipe": Schedule(bitpipe, 2, copies=2),
 }
+
+
+def find_schedule(name: str) -> Schedule:
+    """Return the schedule of that name, or in the CSV file of that name (torch's notation).
+
+    Raises `InputError` where there is none.
+    """
+    if name.endswith(".csv"):
+        return Schedule(partial(from_file, name), None)
+    if name not in SCHEDULES:
+        raise unknown("schedule", name, SCHEDULES)
+    return SCHEDULES[name]

@@ -64,7 +64,12 @@ FALCON = replace(
     norms_per_layer=2,
 )
 GEMMA3 = replace(LLAMA, name="gemma3-like", activation="gelu_tanh", qk_norm=True, norms_per_layer=4)
-MODELS = {model.name: model for model in (LLAMA, TIED, GPT2, FALCON, GEMMA3)}
+DEEP = replace(LLAMA, name="deep", layers=4)
+DEEPER = replace(LLAMA, name="deeper", layers=8)
+DEEP_TIED = replace(GPT2, name="deep-gpt2", layers=4)
+MODELS = {
+    model.name: model for model in (LLAMA, TIED, GPT2, FALCON, GEMMA3, DEEP, DEEPER, DEEP_TIED)
+}
 TRAIN = TrainStep(global_batch=4, seq_len=8)
 
 
@@ -85,6 +90,38 @@ def case(name: str, model: ModelSpec = LLAMA, **parallel: object) -> Case:
     return Case(name, model, ParallelStrategy(**parallel))  # type: ignore[arg-type]
 
 
+def looped(name: str, model: ModelSpec = DEEP, virtual: int = 2, **parallel: object) -> Case:
+    return case(name, model, virtual_stages=virtual, **parallel)
+
+
+PIPELINES = [  # several stages on a rank, split backwards, two directions
+    looped("interleaved", pp=2, schedule="interleaved"),
+    looped("interleaved-4", DEEPER, 4, pp=2, schedule="interleaved", recompute="full"),
+    looped("bfs", pp=2, schedule="looped_bfs"),
+    looped("gpt2-interleaved", DEEP_TIED, pp=2, schedule="interleaved"),
+    case("zb-h1", pp=2, schedule="zb_h1"),
+    case("zb-h2", pp=2, schedule="zb_h2"),
+    case("zb-h2-full-recompute", pp=2, schedule="zb_h2", recompute="full"),
+    case("gpt2-zb-h1", GPT2, pp=2, schedule="zb_h1"),
+    looped("interleaved-zb", pp=2, schedule="interleaved_zb"),
+    looped("zbv", pp=2, schedule="zbv"),
+    looped("gpt2-zbv", DEEP_TIED, pp=2, schedule="zbv"),
+    looped("dualpipev", pp=2, schedule="dualpipev"),
+    case("dualpipe", pp=2, schedule="dualpipe"),
+    case("chimera", pp=2, schedule="chimera"),
+    looped("bitpipe", pp=2, schedule="bitpipe"),
+    looped("hanayo", DEEPER, 4, pp=2, schedule="hanayo"),
+    case("chimera-on-4", DEEP, pp=4, schedule="chimera"),
+    looped("bitpipe-on-4", DEEPER, pp=4, schedule="bitpipe"),
+    looped("interleaved-on-4", DEEPER, pp=4, schedule="interleaved"),
+    looped("zbv-on-4", DEEPER, pp=4, schedule="zbv"),
+    case("zb-h2-on-4", DEEP, pp=4, schedule="zb_h2"),
+    looped("zero3-interleaved", dp_shard=2, pp=2, schedule="interleaved"),
+    case("tp-zb-h1", tp=2, pp=2, schedule="zb_h1", sequence_parallel=True),
+    looped("tp-zbv", tp=2, pp=2, schedule="zbv"),
+    case("dp-zb-h1", GPT2, dp_replicate=2, pp=2, schedule="zb_h1"),
+    case("tp-dualpipe", tp=2, pp=2, schedule="dualpipe"),
+]
 CASES = [
     case("single"),
     case("single-full-recompute", recompute="full"),
@@ -132,6 +169,7 @@ CASES = [
     case("dp-pp-gpt2", GPT2, dp_replicate=2, pp=2, schedule="gpipe"),
     case("zero2-pp-full-recompute", dp_shard=2, zero_stage=2, pp=2, recompute="full"),
     case("zero3-pp", dp_shard=2, pp=2),
+    *PIPELINES,
 ]
 BY_NAME = {c.name: c for c in CASES}
 BF16_CASES = [
@@ -280,7 +318,11 @@ def test_gradient_shards_equal_the_dense_gradients(ran: tuple[Case, RunResult, R
             expected = gradient_shard(found.program, rank.rank, name, int(layer), gradients)
             units.add((name.split(".")[0], int(layer) if name.startswith("layer") else -1))
             np.testing.assert_allclose(array, expected, rtol=1e-9, atol=1e-13)
-    assert units == {("embed", -1), ("head", -1), *(("layer", i) for i in range(3))}
+    assert units == {
+        ("embed", -1),
+        ("head", -1),
+        *(("layer", i) for i in range(found.model.layers)),
+    }
 
 
 def test_collectives_move_what_the_program_says(ran: tuple[Case, RunResult, RunResult]) -> None:

@@ -15,16 +15,17 @@ from simcore.lower import lower_pass, lower_training
 from simcore.models import ModelSpec
 from simcore.ops import WORK, work
 from simcore.program import Program
-from simcore.schedules import SCHEDULES
 from simcore.workloads import TrainStep
 
 CLOSE = 1 + 1e-9
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
+SCHEDULES = ("1f1b", "gpipe", "zb_h1")
 CASES = [
     (name, schedule)
     for name in STRATEGIES
     for schedule in SCHEDULES
     if STRATEGIES[name].get("pp", 1) > 1 or schedule == "1f1b"
+    if schedule != "zb_h1" or not name.startswith(("zero2", "zero3"))  # refused
 ]
 
 

@@ -131,7 +131,7 @@ VALUES: list[Case] = [
     ("zero_stage", train(parallel={"zero_stage": 4}), ("[parallel].zero_stage", "at most 3")),
     ("cp", train(parallel={"cp": 2}), ("[parallel].cp", "not available")),
     ("ep", train(parallel={"ep": 2}), ("[parallel].ep", "not available")),
-    ("virtual stages", train(parallel={"virtual_stages": 2}), ("virtual_stages", "not available")),
+    ("virtual stages", train(parallel={"virtual_stages": 2}), ("virtual_stages = 1", "1 stages")),
     ("selective", train(parallel={"recompute": "selective"}), ("recompute", "not available")),
     ("recompute", train(parallel={"recompute": "ful"}), ("[parallel].recompute", "'full'")),
     ("name is a number", train(cluster={"gpu": 4}), ("[cluster].gpu", "4")),

@@ -118,7 +118,7 @@ def test_lowered_pipelines_take_the_closed_form(stages: int, count: int) -> None
         assert found == pytest.approx(closed, rel=1e-9)
 
 
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize(("stages", "count"), SIZES)
 def test_every_microbatch_once_and_forward_first(schedule: str, stages: int, count: int) -> None:
     for stage, actions in enumerate(SCHEDULES[schedule](stages, count)):

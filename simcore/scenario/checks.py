@@ -29,6 +29,7 @@ from simcore.scenario.words import (
     wrong_choice,
 )
 from simcore.scenario.workloads import CollectiveWorkload
+from simcore.schedules import find_schedule
 from simcore.strategy import MESH_AXES, ParallelStrategy, check_strategy, microbatches, stage_layers
 from simcore.workloads import TrainStep
 
@@ -222,6 +223,7 @@ def check_scenario(scenario: Scenario) -> None:
     spec = scenario.model_spec()
     if parallel is None:
         return
+    find_schedule(parallel.schedule).check(parallel.virtual_stages)
     stage_layers(spec, parallel)
     check_strategy(spec, parallel, parallel.world)
     work = scenario.work()

@@ -40,7 +40,7 @@ def refusal(text: str, key: str = "") -> PydanticCustomError:
 
 def _known_schedule(name: str) -> str:
     names = schedule_names()
-    if name in names:
+    if name in names or (name.endswith(".csv") and name.isprintable()):
         return name
     raise refusal(wrong_choice(("parallel", "schedule"), name, names))
 

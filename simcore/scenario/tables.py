@@ -90,10 +90,8 @@ class ParallelTable(Table):
         "Tensor parallelism of experts; only 1 in this version.", 1, unit="ranks"
     )
     microbatch: Degree = key_of("Sequences of one microbatch on one replica.", 1, unit="sequences")
-    schedule: Schedule = key_of("Pipeline schedule.", "1f1b")
-    virtual_stages: OneForNow = key_of(
-        "Stages on one pipeline rank; only 1 in this version.", 1, unit="stages"
-    )
+    schedule: Schedule = key_of("Pipeline schedule, or a CSV file with one.", "1f1b")
+    virtual_stages: Degree = key_of("Stages on one pipeline rank.", 1, unit="stages")
     layers_per_stage: StageLayers = key_of(
         "Layers of every stage; empty: split evenly.", (), unit="layers"
     )

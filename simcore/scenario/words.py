@@ -31,7 +31,6 @@ LATER_KEYS = {
 LATER_VALUES = {
     ("workload", "kind"): ("serve",),
     ("parallel", "recompute"): ("selective",),
-    ("parallel", "schedule"): ("interleaved", "zero_bubble", "zbv", "dualpipev"),
     ("decoding", "method"): (
         *("speculative", "tree", "multi_head", "jacobi", "lookahead", "diffusion"),
         *("block_diffusion", "masked", "wavefront", "next_scale", "fork_join"),
