@@ -168,6 +168,8 @@ KERNELS: dict[str, Callable[[Op], tuple[str, Shape]]] = {
     "matmul": _matmul,
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "attention_block": _attention,
+    "attention_block_backward": _attention_backward,
 }
 
 

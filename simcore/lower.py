@@ -27,7 +27,7 @@ from simcore.network import (
 from simcore.ops import Buffer, Op, Size
 from simcore.program import Action, Block, Call, Program
 from simcore.schedules import SCHEDULES
-from simcore.strategy import MESH_AXES, ParallelStrategy, microbatches, stage_layers
+from simcore.strategy import ParallelStrategy, check_split, microbatches, stage_layers
 from simcore.workloads import Generation, TrainStep
 
 UNITS = ("embed", "layer", "head")
@@ -47,14 +47,18 @@ class Sharding:
     @classmethod
     def of(cls, parallel: ParallelStrategy) -> Sharding:
         """Return the sharding of a strategy (ZeRO, Rajbhandari et al. 2020; HSDP for both axes)."""
-        sizes = {a: getattr(parallel, a) for a in ("dp_replicate", "dp_shard")}
-        both = "*".join(a for a, size in sizes.items() if size > 1)
-        stage = parallel.zero if both else 0
+        split = parallel.split.axes  # every rank of a sequence has a part of the gradients
+        inner = [a for a, size in {"dp_shard": parallel.dp_shard, **split}.items() if size > 1]
+        outer = ["dp_replicate"] if parallel.dp_replicate > 1 else []
+        every, degree = "*".join(outer + inner), parallel.dp * parallel.cp
+        stage = parallel.zero if every else 0
         if stage == 0:
-            return cls(0, "", 1, both, parallel.dp)
-        if stage < 3 or "*" not in both:
-            return cls(stage, both, parallel.dp)
-        return cls(3, "dp_shard", parallel.dp_shard, "dp_replicate", parallel.dp_replicate)
+            return cls(0, "", 1, every, degree)
+        if stage < 3 or not (outer and inner):
+            return cls(stage, every, degree)
+        return cls(
+            3, "*".join(inner), degree // parallel.dp_replicate, *outer, parallel.dp_replicate
+        )
 
 
 @dataclass(slots=True)
@@ -375,7 +379,8 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     if parallel.schedule not in SCHEDULES:
         raise unknown("schedule", parallel.schedule, SCHEDULES)
     count = microbatches(parallel, workload)
-    rows = Rows(parallel.microbatch, workload.seq_len)
+    check_split(model, parallel, workload.seq_len)
+    rows = Rows(parallel.microbatch, workload.seq_len // parallel.cp, split=parallel.split)
     tp = TensorParallel(parallel.tp, parallel.sequence_parallel)
     if tp.shards_tokens and rows.tokens % parallel.tp:
         raise InputError(
@@ -412,6 +417,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         "seq_len": workload.seq_len,
         "vocab": model.vocab,
         "dp": parallel.dp,
+        "split": (parallel.split.ring, parallel.split.ulysses, parallel.split.layout),
         "keep": ("loss",),
         "schedule": parallel.schedule,
     }
@@ -474,8 +480,9 @@ def _program(
 ) -> Program:
     used = {call.block for body in bodies.values() for call in body}
     blocks = {n: Block(n, ops) for n, ops in low.blocks.items() if n in used}
-    mesh = {axis: getattr(low.parallel, axis) for axis in MESH_AXES}
-    return Program(mesh, blocks, low.buffers, bodies, order, tuple(range(len(order))), info)
+    return Program(
+        low.parallel.mesh, blocks, low.buffers, bodies, order, tuple(range(len(order))), info
+    )
 
 
 def lower_pass(
@@ -486,6 +493,10 @@ def lower_pass(
     ``new`` and ``cached`` may be arrays (one value per pass) when the program is only priced.
     """
     check_lowerable(model, int(np.max(new + cached)))
+    if parallel.cp > 1:
+        raise InputError(
+            "generation does not split sequences in this version: set [parallel].cp to 1."
+        )
     if model.compute_dtype not in DTYPE_BYTES:
         raise unknown("dtype", model.compute_dtype, DTYPE_BYTES)
     rows = Rows(batch // parallel.dp, new, cached, keep_cache=True)
