@@ -116,7 +116,8 @@ LAYOUTS: dict[
 
 def positions(split: SequenceSplit, length: int, place: int, part: int) -> NDArray[np.int64]:
     """Return the positions of the rows that Ulysses rank ``part`` of ring ``place`` holds."""
-    rows = LAYOUTS[split.layout][0](length, split.ring, place)
+    whole = split.ring == 1
+    rows = np.arange(length) if whole else LAYOUTS[split.layout][0](length, split.ring, place)
     return rows.reshape(split.ulysses, -1)[part]
 
 
