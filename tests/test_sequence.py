@@ -38,7 +38,7 @@ SEQ = 128
 FAR = 4096  # long enough for attention to matter
 STRATEGIES = {
     **{f"ring-{layout}": {"cp": 4, "cp_layout": layout} for layout in LAYOUTS},
-    "ulysses": {"cp": 4, "cp_kind": "ulysses"},
+    "ulysses": {"cp": 2, "cp_kind": "ulysses"},
     "usp": {"cp": 4, "cp_kind": "usp", "cp_ring": 2, "cp_ulysses": 2},
     "ring-tp-pp": {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True},
     "ring-zero3": {"cp": 2, "dp_shard": 2, "dp_replicate": 2},
@@ -54,7 +54,7 @@ def lowered(length: int = SEQ, model: ModelSpec = LLAMA, **parallel: object) -> 
 
 
 def holdings(split: SequenceSplit, length: int) -> list[np.ndarray]:
-    """Return the positions of every place on the ring, its Ulysses ranks' rows one after another."""
+    """Return the positions of every place on the ring, one Ulysses rank after another."""
     return [
         np.concatenate([positions(split, length, place, part) for part in range(split.ulysses)])
         for place in range(split.ring)
