@@ -56,9 +56,8 @@ class Sharding:
             return cls(0, "", 1, every, degree)
         if stage < 3 or not (outer and inner):
             return cls(stage, every, degree)
-        return cls(
-            3, "*".join(inner), degree // parallel.dp_replicate, *outer, parallel.dp_replicate
-        )
+        copies = parallel.dp_replicate
+        return cls(3, "*".join(inner), degree // copies, "dp_replicate", copies)
 
 
 @dataclass(slots=True)

@@ -59,7 +59,7 @@ def _exchange(
     columns = {"parts": parts, "pieces": pieces, "by": "columns"}
     by_rows = {"parts": parts, "batch": batch, "by": "rows"}
     first, last = (columns, by_rows) if to_heads else (by_rows, columns)
-    count = {"t": tokens, "n": width}
+    count: dict[str, Any] = {"t": tokens, "n": width}
     sent = b.act(f"{x}.sent", parts, tokens, width // parts)
     b.op("regroup", (x,), (sent,), attrs={**first, "inverse": False}, **count)
     came = b.act(f"{x}.came", parts, tokens, width // parts)
@@ -78,7 +78,15 @@ def _alone(b: Builder, qkv: str, sizes: Sizes, causal: bool) -> str:
     batch, rows, heads, kv_heads, d = sizes
     out = b.act("o", batch * rows, heads * d)
     lse = b.act("lse", batch, heads, rows, dtype="fp32")
-    dims = {"b": batch, "s": rows, "kv": rows, "h": heads, "hkv": kv_heads, "d": d, "dv": d}
+    dims: dict[str, Any] = {
+        "b": batch,
+        "s": rows,
+        "kv": rows,
+        "h": heads,
+        "hkv": kv_heads,
+        "d": d,
+        "dv": d,
+    }
     return b.op("attention", (qkv,), (out, lse), attrs={"causal": causal}, **dims)
 
 

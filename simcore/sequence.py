@@ -116,9 +116,8 @@ LAYOUTS: dict[
 
 def positions(split: SequenceSplit, length: int, place: int, part: int) -> NDArray[np.int64]:
     """Return the positions of the rows that Ulysses rank ``part`` of ring ``place`` holds."""
-    whole = split.ring == 1
-    rows = np.arange(length) if whole else LAYOUTS[split.layout][0](length, split.ring, place)
-    return rows.reshape(split.ulysses, -1)[part]
+    held = LAYOUTS[split.layout][0] if split.ring > 1 else _contiguous
+    return np.split(held(length, split.ring, place), split.ulysses)[part]
 
 
 def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Tile, ...]:
@@ -180,7 +179,7 @@ def mean_share(op: Op) -> float:
     if "tiles" not in op.attrs:
         return 1.0
     areas = [(t[1] - t[0]) * (t[3] - t[2]) for t in op.attrs["tiles"]]
-    return sum(areas) / len(areas) / (op.dims["s"] * op.dims["kv"])
+    return sum(areas) / len(areas) / float(op.dims["s"] * op.dims["kv"])
 
 
 # ---------------------------------------------------------------- volumes
