@@ -7,6 +7,7 @@ from torch import Tensor
 
 from backends.weights import seeded
 from simcore.program import Program, coordinates
+from simcore.sequence import rank_positions
 
 
 def sequence(seed: int, number: int, length: int, vocab: int) -> Tensor:
@@ -30,15 +31,16 @@ def training_data(
     """
     info, replica = program.info, replica_of(program, rank)
     batch, length = int(info["batch"]), int(info["seq_len"])
+    mine = torch.from_numpy(rank_positions(program, rank)).to(device)
     data: dict[tuple[str, int], Tensor] = {}
     for microbatch in range(int(info["microbatches"])):
         first = (microbatch * int(info["dp"]) + replica) * batch
         rows = torch.stack(
             [sequence(seed, first + row, length, int(info["vocab"])) for row in range(batch)]
         ).to(device)
-        data["tokens", microbatch] = rows[:, :-1].reshape(-1)
-        data["targets", microbatch] = rows[:, 1:].reshape(-1)
-        data["positions", microbatch] = torch.arange(length, device=device).repeat(batch)
+        data["tokens", microbatch] = rows[:, mine].reshape(-1)
+        data["targets", microbatch] = rows[:, mine + 1].reshape(-1)
+        data["positions", microbatch] = mine.repeat(batch)
     return data
 
 

@@ -144,7 +144,7 @@ class RunResult:
     @property
     def losses(self) -> tuple[float, ...]:
         """The mean loss over the global batch, for every step from the first (warm-up included)."""
-        copies = self.mesh["tp"] * self.mesh["cp"]
+        copies = self.mesh["tp"]  # every other rank has tokens of its own
         shares = [rank.losses for rank in self.ranks if rank.losses]
         return tuple(sum(step) / copies for step in zip(*shares, strict=True))
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends.ring_ops import RING_OPS
 from simcore.ops import Op
 
 TORCH_DTYPES = {
@@ -503,6 +504,7 @@ def _fill(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
 TorchOp = Callable[..., Results]
 
 OPS: dict[str, TorchOp] = {
+    **RING_OPS,
     "matmul": _matmul,
     "bias": _bias,
     "sum_rows": _sum_rows,

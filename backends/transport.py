@@ -7,7 +7,8 @@ were really passed, in nccl-tests' convention.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,18 @@ class Done:
 
     def wait(self) -> None:
         """Return at once."""
+
+
+@dataclass(slots=True)
+class Several:
+    """Communications that are waited for together."""
+
+    handles: Sequence[Any]
+
+    def wait(self) -> None:
+        """Return once all are complete."""
+        for handle in self.handles:
+            handle.wait()
 
 
 def _gather_name() -> Any:
@@ -116,6 +129,22 @@ class Distributed:
         self._record("reduce_scatter", group, tensor)
         return _started(_scatter_name()(out, tensor, group=self.groups[group], async_op=True))
 
+    def all_to_all(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+        """Send part i of ``tensor`` along dim 0 to member i; fill ``out`` with what they send."""
+        self._record("all_to_all", group, tensor)
+        return _started(
+            dist.all_to_all_single(out, tensor, group=self.groups[group], async_op=True)
+        )
+
+    def ring_shift(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+        """Send ``tensor`` to the next member; fill ``out`` with what the one before sends."""
+        self._record("ring_shift", group, tensor)
+        ranks, where = group_ranks(self.mesh, group, self.rank), self.groups[group]
+        here = ranks.index(self.rank)
+        following, previous = ranks[(here + 1) % len(ranks)], ranks[here - 1]
+        sent = dist.P2POp(dist.isend, tensor, following, where)
+        return Several(dist.batch_isend_irecv([sent, dist.P2POp(dist.irecv, out, previous, where)]))
+
     def _peer(self, group: str, step: int) -> int:
         ranks = group_ranks(self.mesh, group, self.rank)
         return ranks[ranks.index(self.rank) + step]
@@ -164,6 +193,18 @@ class Local:
         """Sum the parts of the own tensor."""
         self._record("reduce_scatter", group, tensor)
         torch.sum(tensor.view(axis_degree(self.mesh, group), *out.shape), 0, out=out)
+        return Done()
+
+    def all_to_all(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+        """Copy the tensor."""
+        self._record("all_to_all", group, tensor)
+        out.copy_(tensor)
+        return Done()
+
+    def ring_shift(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+        """Copy the tensor."""
+        self._record("ring_shift", group, tensor)
+        out.copy_(tensor)
         return Done()
 
     def send(self, tensor: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:

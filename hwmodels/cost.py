@@ -18,7 +18,7 @@ from hwmodels.collectives import (
 from hwmodels.curves import Choice, Curve, choose_curves
 from hwmodels.hardware import Cluster
 from hwmodels.hosts import NO_HOST, Host
-from hwmodels.kernels import KERNELS, family, fitted, product_dtype, roofline
+from hwmodels.kernels import KERNELS, as_measured, family, fitted, product_dtype, roofline
 from hwmodels.profile import Profile
 from hwmodels.topology import Topology, make_topology, max_min_rates, members_per_node
 from simcore.ops import Op, Size, work
@@ -87,16 +87,20 @@ class ClusterCost:
             return self._kernel_seconds(op)
         fit = self.profile.collectives if self.profile else None
         payload = work(op).payload_bytes
+        if op.kind == "ring_shift" and self.profile is not None:
+            latency_s, s_per_byte = self.profile.messages
+            return latency_s + s_per_byte * payload
         group = self.layout(op.group)
-        return collective_seconds(op.kind, payload, group, fit=fit, dtype=op.dtype)
+        return collective_seconds(called(op), payload, group, fit=fit, dtype=op.dtype)
 
     def _kernel_seconds(self, op: Op) -> Size:
         if op.kind == "alias":
             return 0.0
         chip = self.cluster.chip
-        measured = self.profile.kernels.get(family(op)) if self.profile else None
+        same = as_measured(op)
+        measured = self.profile.kernels.get(family(same)) if self.profile else None
         if measured is not None:
-            return fitted(op, measured) * self._contention(op)
+            return fitted(same, measured) * self._contention(same)
         if self.synchronous:
             return roofline(op, chip)
         name, shape = KERNELS[op.kind](op)
@@ -106,11 +110,12 @@ class ClusterCost:
         """Return what ``op``'s seconds rest on and the standard deviation of their logarithm."""
         if op.is_communication:
             link = self.cluster.scale_up.name
-            return "collectives", deviation(op.kind, work(op).payload_bytes, link)
-        measured = self.profile.kernels.get(family(op)) if self.profile else None
+            return "collectives", deviation(called(op), work(op).payload_bytes, link)
+        same = family(as_measured(op))
+        measured = self.profile.kernels.get(same) if self.profile else None
         if measured is not None:
             # Of a normal variable, the median absolute value is 0.6745 standard deviations.
-            return family(op), measured.residual / 0.6745
+            return same, measured.residual / 0.6745
         if self.synchronous or op.kind == "alias":
             return "datasheet", DATASHEET_DEVIATION
         name, shape = KERNELS[op.kind](op)
@@ -151,10 +156,10 @@ class ClusterCost:
     def _footprint(self, op: Op) -> Footprint:
         payload, group = work(op).payload_bytes, self.layout(op.group)
         if np.ndim(payload):
-            return footprint(op.kind, payload, group, self.cluster.chip)
+            return footprint(called(op), payload, group, self.cluster.chip)
         key = op.kind, op.group, payload
         if key not in self.footprints:
-            self.footprints[key] = footprint(op.kind, payload, group, self.cluster.chip)
+            self.footprints[key] = footprint(called(op), payload, group, self.cluster.chip)
         return self.footprints[key]
 
     def pass_overhead_seconds(self, sequences: Size) -> Size:
@@ -181,6 +186,11 @@ class ClusterCost:
             capacities = [1.0 / self.profile.messages[1]] * len(self.topology.capacities)
             return list(max_min_rates(paths, capacities))
         return list(max_min_rates(paths, self.topology.capacities))
+
+
+def called(op: Op) -> str:
+    """Return the collective, by nccl-tests' name, that an op runs."""
+    return "send_recv" if op.kind == "ring_shift" else op.kind
 
 
 def _inner(mesh: Mapping[str, int], axis: str) -> int:

@@ -8,7 +8,7 @@ by launch plus the roofline (Williams et al. 2009): max(FLOPs / peak, bytes / ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,18 @@ def family(op: Op) -> str:
     if op.kind == "attention" and len(op.reads) > 1:
         return "attention.cached"
     return op.kind
+
+
+def as_measured(op: Op) -> Op:
+    """Return the call whose measurement prices a tile of attention on a CPU.
+
+    Measured calls are causal and square, and skip the half of the pairs that the mask hides.
+    """
+    if "tiles" not in op.attrs:
+        return op
+    keys = op.dims["kv"] * (1 if op.attrs["causal"] else 2)
+    kind = op.kind.replace("_block", "")
+    return replace(op, kind=kind, dims={**op.dims, "kv": keys}, reads=op.reads[:1])
 
 
 def interpolate(points: tuple[tuple[float, float], ...], size: Size) -> Size:
@@ -168,6 +180,8 @@ KERNELS: dict[str, Callable[[Op], tuple[str, Shape]]] = {
     "matmul": _matmul,
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "attention_block": _attention,
+    "attention_block_backward": _attention_backward,
 }
 
 

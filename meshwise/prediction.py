@@ -206,7 +206,7 @@ def predict_generation(
     """Return the answer for one generation."""
     check_strategy(model, parallel, setting.cluster.world)
     check_generation(parallel, work)
-    cost = setting.cost({axis: getattr(parallel, axis) for axis in _axes()})
+    cost = setting.cost(parallel.mesh)
     times = generation_seconds(model, parallel, work, method, cost, cost)
     shown: Timeline | None = None
     notes = [

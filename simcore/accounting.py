@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from simcore.ops import work
 from simcore.program import Program
+from simcore.sequence import on_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +22,14 @@ class Totals:
     payload_bytes: Mapping[tuple[str, str], float]
 
 
-def block_totals(program: Program) -> dict[str, Totals]:
-    """Return the sums over every block's ops."""
+def block_totals(program: Program, rank: int | None = None) -> dict[str, Totals]:
+    """Return the sums over every block's ops, as ``rank`` runs them or one with most to do."""
     found = {}
     for name, block in program.blocks.items():
         payload: dict[tuple[str, str], float] = {}
         flops = vector = read = write = 0.0
         for op in block.ops:
-            done = work(op)
+            done = work(op if rank is None else on_rank(program, op, rank))
             flops += done.flops
             vector += done.vector_flops
             read += done.read_bytes
@@ -40,9 +41,12 @@ def block_totals(program: Program) -> dict[str, Totals]:
     return found
 
 
-def step_totals(program: Program, pp_rank: int) -> Totals:
-    """Return the sums over the actions of pipeline rank ``pp_rank``."""
-    blocks = block_totals(program)
+def step_totals(program: Program, pp_rank: int, rank: int | None = None) -> Totals:
+    """Return the sums over the actions of pipeline rank ``pp_rank``.
+
+    Where its ranks have unequal parts of a sequence's work, those of ``rank``, or of one with most.
+    """
+    blocks = block_totals(program, rank)
     uses = Counter(
         call.block for action in program.order[pp_rank] for call in program.bodies[action.body]
     )

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from simcore.ops import Buffer, Op, Size
+from simcore.ring import merge_adjoint, regroup_adjoint
 
 
 class Tape:
@@ -250,6 +251,9 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
     "relu": _elementwise_saved,
     "add": _add,
     "attention": _attention,
+    "attention_merge": merge_adjoint,
+    "regroup": regroup_adjoint,
+    "all_to_all": _collective("all_to_all"),
     "softmax_loss": _softmax_loss,
     "softmax_stats": _nothing,
     "all_reduce": _all_reduce,

@@ -19,6 +19,7 @@ from simcore.estimate import is_message, is_tie, only_op, representative
 from simcore.liveness import positions
 from simcore.ops import COMPUTE, Op, work
 from simcore.program import Action, Key, Program, coordinates, group_ranks
+from simcore.sequence import on_rank
 from simcore.templates import HOST, Clock, Entry, Template, Workbench, price, templates
 from simcore.timeline import Span, Timeline, timeline
 
@@ -180,6 +181,8 @@ class Engine:
         priced = self.prices[action.body]
         ops = positions(self.program, action.body)
         for (_, layer, op), (seconds, issue, blocking) in zip(ops, priced, strict=True):
+            if "tiles" in op.attrs and len(self.states) == self.program.world:
+                op, seconds = self._own(state, op, seconds)  # noqa: PLW2901
             if issue:
                 yield self.env.timeout(issue)
             waits = [state.ready[key] for key in self._keys(op.reads, layer, action, state)]
@@ -197,6 +200,13 @@ class Engine:
             elif blocking:
                 yield begun
                 yield self.env.timeout(blocking * seconds)
+
+    def _own(self, state: _Rank, op: Op, seconds: float) -> tuple[Op, float]:
+        """Return an op and its seconds on a rank whose part of it may be smaller than others'."""
+        mine, whole = on_rank(self.program, op, state.number), float(self.cost.seconds(op))
+        if not mine.dims["s"] or not whole:
+            return mine, 0.0
+        return mine, seconds * float(self.cost.seconds(mine)) / whole
 
     def _keys(self, names: Sequence[str], layer: int, action: Action, state: _Rank) -> list[Key]:
         keys = (self.program.key(name, layer, action.microbatch) for name in names)

@@ -30,7 +30,7 @@ from simcore.pipelines.orders import Order, is_split
 from simcore.pipelines.placement import Placement, last_reduces, with_messages
 from simcore.program import MIRROR, Action, Block, Call, Program
 from simcore.schedules import find_schedule
-from simcore.strategy import MESH_AXES, ParallelStrategy, microbatches, stage_layers
+from simcore.strategy import ParallelStrategy, check_split, microbatches, stage_layers
 from simcore.workloads import Generation, TrainStep
 
 UNITS = ("embed", "layer", "head")
@@ -50,14 +50,17 @@ class Sharding:
     @classmethod
     def of(cls, parallel: ParallelStrategy) -> Sharding:
         """Return the sharding of a strategy (ZeRO, Rajbhandari et al. 2020; HSDP for both axes)."""
-        sizes = {a: getattr(parallel, a) for a in ("dp_replicate", "dp_shard")}
-        both = "*".join(a for a, size in sizes.items() if size > 1)
-        stage = parallel.zero if both else 0
+        split = parallel.split.axes  # every rank of a sequence has a part of the gradients
+        inner = [a for a, size in {"dp_shard": parallel.dp_shard, **split}.items() if size > 1]
+        outer = ["dp_replicate"] if parallel.dp_replicate > 1 else []
+        every, degree = "*".join(outer + inner), parallel.dp * parallel.cp
+        stage = parallel.zero if every else 0
         if stage == 0:
-            return cls(0, "", 1, both, parallel.dp)
-        if stage < 3 or "*" not in both:
-            return cls(stage, both, parallel.dp)
-        return cls(3, "dp_shard", parallel.dp_shard, "dp_replicate", parallel.dp_replicate)
+            return cls(0, "", 1, every, degree)
+        if stage < 3 or not (outer and inner):
+            return cls(stage, every, degree)
+        copies = parallel.dp_replicate
+        return cls(3, "*".join(inner), degree // copies, "dp_replicate", copies)
 
 
 @dataclass(slots=True)
@@ -359,7 +362,8 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     orders = schedule(parallel.pp, count, parallel.virtual_stages)
     placement = Placement.of(orders, schedule.copies)
     _check_backward(parallel, orders)
-    rows = Rows(parallel.microbatch, workload.seq_len)
+    check_split(model, parallel, workload.seq_len)
+    rows = Rows(parallel.microbatch, workload.seq_len // parallel.cp, split=parallel.split)
     tp = TensorParallel(parallel.tp, parallel.sequence_parallel)
     if tp.shards_tokens and rows.tokens % parallel.tp:
         raise InputError(
@@ -392,6 +396,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         "seq_len": workload.seq_len,
         "vocab": model.vocab,
         "dp": parallel.dp,
+        "split": (parallel.split.ring, parallel.split.ulysses, parallel.split.layout),
         "keep": ("loss",),
         "schedule": parallel.schedule,
     }
@@ -506,7 +511,7 @@ def _program(
 ) -> Program:
     used = {call.block for body in bodies.values() for call in body}
     blocks = {n: Block(n, ops) for n, ops in low.blocks.items() if n in used}
-    mesh = {axis: getattr(low.parallel, axis) for axis in MESH_AXES}
+    mesh = low.parallel.mesh
     return Program(mesh, blocks, low.buffers, bodies, order, placement.stage_rank, info)
 
 
@@ -522,6 +527,10 @@ def lower_pass(
         raise InputError(
             f"[parallel].virtual_stages = {parallel.virtual_stages} serves training alone: remove "
             "it to generate."
+        )
+    if parallel.cp > 1:
+        raise InputError(
+            "generation does not split sequences in this version: set [parallel].cp to 1."
         )
     if model.compute_dtype not in DTYPE_BYTES:
         raise unknown("dtype", model.compute_dtype, DTYPE_BYTES)

@@ -24,6 +24,7 @@ from simcore.models import ModelSpec, active_parameter_count
 from simcore.ops import Size, work
 from simcore.pipelines.orders import is_split
 from simcore.program import Action, Program
+from simcore.sequence import mean_share
 from simcore.strategy import ParallelStrategy
 from simcore.templates import lay
 from simcore.timeline import Timeline
@@ -46,7 +47,7 @@ def model_flops_per_token(model: ModelSpec, seq_len: int, *, causal: bool = Fals
 def executed_flops(program: Program) -> float:
     """Return the matrix-product FLOPs of one run of the program, over all ranks."""
     blocks = {
-        name: float(sum(work(op).flops for op in block.ops))
+        name: float(sum(work(op).flops * mean_share(op) for op in block.ops))
         for name, block in program.blocks.items()
     }
     bodies = {

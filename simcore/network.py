@@ -17,6 +17,8 @@ import numpy as np
 from simcore.errors import InputError
 from simcore.models import ModelSpec
 from simcore.ops import Buffer, Op, Size
+from simcore.ring import split_attention
+from simcore.sequence import WHOLE, SequenceSplit
 
 
 @dataclass(slots=True)
@@ -85,6 +87,7 @@ class Rows:
     new: Size
     cached: Size = 0
     keep_cache: bool = False  # generation: keys and values go to a cache
+    split: SequenceSplit = WHOLE  # how the ranks that share the sequences do so
 
     @property
     def tokens(self) -> Size:
@@ -225,6 +228,9 @@ def _attention(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: 
         qkv = b.op(
             "rope", (qkv, "positions"), (turned,), t=tokens, n=(heads + kv_heads) * d, attrs=attrs
         )
+    if rows.split.degree > 1:
+        out = split_attention(b, rows, qkv, heads, kv_heads, d, causal=model.causal)
+        return _attended(b, model, tp, out, tokens, heads * d)
     out = b.act("o", tokens, heads * d)
     lse = b.act("lse", rows.batch, heads, rows.new, dtype="fp32")
     reads: tuple[str, ...] = (qkv,)
@@ -255,7 +261,14 @@ def _attention(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: 
         dv=d,
         attrs={"causal": model.causal, "kv_dtype": model.kv_dtype if rows.keep_cache else b.dtype},
     )
-    y = _linear(b, model, out, "y", tokens, model.hidden, heads * d, shard_dim=1)
+    return _attended(b, model, tp, out, tokens, heads * d)
+
+
+def _attended(
+    b: Builder, model: ModelSpec, tp: TensorParallel, out: str, tokens: Size, width: Size
+) -> str:
+    """Append the product that ends attention; return the summed result."""
+    y = _linear(b, model, out, "y", tokens, model.hidden, width, shard_dim=1)
     y = tp.leave(b, y, tokens, model.hidden)
     return _row_bias(b, model, y, "y", tp.local(tokens)) if model.out_bias else y
 

@@ -198,7 +198,9 @@ def _collective(op: Op) -> Work:
     return Work(payload_bytes=op.dims["n"] * dtype_bytes(op.dtype))
 
 
-COMMUNICATION = frozenset({"all_reduce", "all_gather", "reduce_scatter", "send", "recv"})
+COMMUNICATION = frozenset(
+    {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring_shift", "send", "recv"}
+)
 
 WORK: dict[str, Callable[[Op], Work]] = {
     "matmul": _matmul,
@@ -227,6 +229,12 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "sample": _elementwise(1, 0, 1),
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "attention_block": _attention,
+    "attention_block_backward": _attention_backward,
+    "attention_merge": _elementwise(2, 1, 3),
+    "kv_pack": _elementwise(1, 1, 0),
+    "qkv_join": _elementwise(1, 1, 0),
+    "regroup": _elementwise(1, 1, 0),
     "cache_append": _cache_append,
     "adam": _adam,
     "fill": _fill,
@@ -234,6 +242,8 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "all_reduce": _collective,
     "all_gather": _collective,
     "reduce_scatter": _collective,
+    "all_to_all": _collective,
+    "ring_shift": _collective,
     "send": _collective,
     "recv": _collective,
 }

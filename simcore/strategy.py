@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from simcore.errors import InputError
+from simcore.errors import InputError, unknown
 from simcore.models import ModelSpec
+from simcore.sequence import LAYOUTS, SequenceSplit
 from simcore.workloads import TrainStep
 
 # Outermost first: neighbouring ranks differ in tp, then cp, then dp, then pp (Megatron-LM's order).
@@ -33,6 +34,25 @@ class ParallelStrategy:
     zero_stage: int | None = None  # None: 3 where dp_shard > 1, else 0
     sequence_parallel: bool = False
     recompute: str = "none"
+    cp_kind: str = "ring"  # or ulysses, or usp: both
+    cp_layout: str = "zigzag"  # which rows a place on the ring holds
+    cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses
+    cp_ulysses: int = 1
+
+    @property
+    def split(self) -> SequenceSplit:
+        """How a sequence is split over the cp ranks."""
+        rings = {"ring": self.cp, "ulysses": 1, "usp": self.cp_ring}
+        ring = rings[self.cp_kind]
+        return SequenceSplit(ring, self.cp // ring, self.cp_layout)
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Degrees by axis, outermost first; cp stands as two axes where it is used as two."""
+        found: dict[str, int] = {}
+        for axis in MESH_AXES:
+            found |= self.split.axes if axis == "cp" else {axis: getattr(self, axis)}
+        return found
 
     @property
     def world(self) -> int:
@@ -108,4 +128,42 @@ def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> 
                 f"tp {parallel.tp} does not divide the model's {what} {size}: "
                 f"[parallel].tp = {near} does."
             )
+    check_split(model, parallel)
     stage_layers(model, parallel)
+
+
+CP_KINDS = ("ring", "ulysses", "usp")
+
+
+def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) -> None:
+    """Raise `InputError` where sequences (of ``seq_len`` tokens, if known) cannot be split so."""
+    if parallel.cp_kind not in CP_KINDS:
+        raise unknown("cp_kind", parallel.cp_kind, CP_KINDS)
+    if parallel.cp_layout not in LAYOUTS:
+        raise unknown("cp_layout", parallel.cp_layout, LAYOUTS)
+    ring, ulysses = parallel.cp_ring, parallel.cp_ulysses
+    if parallel.cp_kind == "usp" and ring * ulysses != parallel.cp:
+        raise InputError(
+            f"[parallel].cp {parallel.cp} is not cp_ring {ring} x cp_ulysses {ulysses}: make them "
+            "agree."
+        )
+    split = parallel.split
+    fits = ring in (1, split.ring) and ulysses in (1, split.ulysses)
+    if parallel.cp_kind != "usp" and not fits:
+        raise InputError(
+            f"[parallel].cp_ring {ring} and cp_ulysses {ulysses} do not go with cp_kind "
+            f"{parallel.cp_kind!r} and cp {parallel.cp}: leave them out, or set cp_kind = 'usp'."
+        )
+    for what in ("heads", "kv_heads") if split.ulysses > 1 else ():
+        each = -(-getattr(model, what) // parallel.tp)
+        if each % split.ulysses:
+            raise InputError(
+                f"Ulysses over {split.ulysses} ranks does not divide the {each} {what} of a tensor "
+                f"rank: {math.gcd(each, split.ulysses)} ranks do; use a ring for the others."
+            )
+    if split.degree > 1 and seq_len % split.unit:
+        near = max(seq_len // split.unit, 1) * split.unit
+        raise InputError(
+            f"seq_len {seq_len} is not a multiple of {split.unit}, which cp {parallel.cp} needs "
+            f"with layout {split.layout!r}: [workload].seq_len = {near} is."
+        )

@@ -33,7 +33,7 @@ from simcore.metrics import (
     train_metrics,
 )
 from simcore.models import ModelSpec
-from simcore.strategy import MESH_AXES, ParallelStrategy, check_strategy, microbatches
+from simcore.strategy import ParallelStrategy, check_strategy, microbatches
 from simcore.workloads import Generation, TrainStep
 from solvers.bounds import Bounds, TrainBounds
 
@@ -261,10 +261,8 @@ def lattice(question: Question, max_tp: int) -> tuple[list[ParallelStrategy], li
 
 def cost_of(question: Question, parallel: ParallelStrategy) -> ClusterCost:
     """Return the cost model of a strategy's mesh."""
-    mesh = {axis: getattr(parallel, axis) for axis in MESH_AXES}
-    return ClusterCost(
-        question.cluster, mesh, question.profile, host=question.host, curves=question.curves
-    )
+    mesh, profile = parallel.mesh, question.profile
+    return ClusterCost(question.cluster, mesh, profile, host=question.host, curves=question.curves)
 
 
 def price(question: Question, parallel: ParallelStrategy, *, unless_large: bool = False) -> Metrics:

@@ -156,7 +156,27 @@ CASES = [
     case("tied-tp-sp", TIED, tp=2, sequence_parallel=True),
     case("tied-pp", TIED, pp=2),
     case("parallel-block-tp-sp", FALCON, tp=2, sequence_parallel=True),
+    case("ring", cp=2),
+    case("ring-contiguous", cp=2, cp_layout="contiguous", microbatch=2),
+    case("ring-striped", cp=2, cp_layout="striped"),
+    case("ring-full-recompute", cp=2, recompute="full"),
+    case("ring-zero3", cp=2, zero_stage=3),
+    case("gpt2-ring", GPT2, cp=2, microbatch=2),
+    case("gemma3-ring-striped", GEMMA3, cp=2, cp_layout="striped"),
+    case("ulysses", cp=2, cp_kind="ulysses"),
+    case("gpt2-ulysses", GPT2, cp=2, cp_kind="ulysses", microbatch=2, zero_stage=1),
     # four ranks
+    case("ring-of-four", cp=4),
+    case("ring-of-four-contiguous", cp=4, cp_layout="contiguous"),
+    case("ring-of-four-striped", cp=4, cp_layout="striped", zero_stage=2),
+    case("usp", cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2),
+    case("usp-gpt2", GPT2, cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2, zero_stage=3),
+    case("ring-dp", cp=2, dp_replicate=2, cp_layout="contiguous"),
+    case("ring-zero3-dp", cp=2, dp_shard=2),
+    case("ring-tp-sp", cp=2, tp=2, sequence_parallel=True),
+    case("ring-tied-pp", TIED, cp=2, pp=2),
+    case("ulysses-pp", cp=2, pp=2, cp_kind="ulysses"),
+    case("ulysses-gpt2-tp", GPT2, cp=2, tp=2, cp_kind="ulysses"),
     case("hsdp", dp_replicate=2, dp_shard=2),
     case("zero1-both-axes", dp_replicate=2, dp_shard=2, zero_stage=1),
     case("zero2-both-axes", dp_replicate=2, dp_shard=2, zero_stage=2),
@@ -337,7 +357,7 @@ def test_ranks_do_the_flops_that_the_program_says(ran: tuple[Case, RunResult, Ru
     found, _, counted = ran
     program = found.program
     for rank in counted.ranks:
-        totals = step_totals(program, coordinates(program.mesh, rank.rank)["pp"])
+        totals = step_totals(program, coordinates(program.mesh, rank.rank)["pp"], rank.rank)
         assert rank.flops == totals.flops
 
 

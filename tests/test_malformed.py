@@ -95,7 +95,7 @@ KEYS: list[Case] = [
     ("key is a surrogate", train(run={"\ud800": 2}), ("[run]", "ud800")),
     ("missing key", without(train(), "workload", "seq_len"), ("[workload].seq_len",)),
     ("missing inline number", without(train(), "model", "vocab"), ("[model].vocab",)),
-    ("later key", train(parallel={"cp_kind": "ring"}), ("cp_kind", "not available")),
+    ("later key", train(parallel={"offload": "host"}), ("offload", "not available")),
     ("later goal", train(goal={"minimise": "step_s", "subject_to": []}), ("subject_to",)),
 ]
 
@@ -129,7 +129,8 @@ VALUES: list[Case] = [
     ("schedule is a list", train(parallel={"schedule": []}), ("[parallel].schedule", "a list")),
     ("flag is a number", train(parallel={"sequence_parallel": 1}), ("sequence_parallel", "1")),
     ("zero_stage", train(parallel={"zero_stage": 4}), ("[parallel].zero_stage", "at most 3")),
-    ("cp", train(parallel={"cp": 2}), ("[parallel].cp", "not available")),
+    ("cp kind", train(parallel={"cp_kind": "rings"}), ("[parallel].cp_kind", "'ring'")),
+    ("cp layout", train(parallel={"cp_layout": "zig"}), ("[parallel].cp_layout", "'zigzag'")),
     ("ep", train(parallel={"ep": 2}), ("[parallel].ep", "not available")),
     ("virtual stages", train(parallel={"virtual_stages": 2}), ("virtual_stages = 1", "1 stages")),
     ("selective", train(parallel={"recompute": "selective"}), ("recompute", "not available")),

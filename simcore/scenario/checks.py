@@ -30,7 +30,14 @@ from simcore.scenario.words import (
 )
 from simcore.scenario.workloads import CollectiveWorkload
 from simcore.schedules import find_schedule
-from simcore.strategy import MESH_AXES, ParallelStrategy, check_strategy, microbatches, stage_layers
+from simcore.strategy import (
+    MESH_AXES,
+    ParallelStrategy,
+    check_split,
+    check_strategy,
+    microbatches,
+    stage_layers,
+)
 from simcore.workloads import TrainStep
 
 
@@ -229,3 +236,4 @@ def check_scenario(scenario: Scenario) -> None:
     work = scenario.work()
     if isinstance(work, TrainStep):
         microbatches(parallel, work)
+        check_split(spec, parallel, work.seq_len)

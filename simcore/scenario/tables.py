@@ -82,9 +82,18 @@ class ParallelTable(Table):
     dp_shard: Degree = key_of("Data-parallel ranks that share a replica.", 1, unit="ranks")
     tp: Degree = key_of("Tensor-parallel degree.", 1, unit="ranks")
     pp: Degree = key_of("Pipeline stages.", 1, unit="ranks")
-    cp: OneForNow = key_of("Context-parallel degree; only 1 in this version.", 1, unit="ranks")
-    cp_ring: OneForNow = key_of("Ring part of cp; only 1 in this version.", 1, unit="ranks")
-    cp_ulysses: OneForNow = key_of("Ulysses part of cp; only 1 in this version.", 1, unit="ranks")
+    cp: Degree = key_of("Ranks that share each sequence.", 1, unit="ranks")
+    cp_kind: Literal["ring", "ulysses", "usp"] = key_of(
+        "How they attend: blocks of keys and values on a ring, heads traded for rows by "
+        "all-to-all, or both (cp = cp_ring x cp_ulysses).",
+        "ring",
+    )
+    cp_layout: Literal["zigzag", "striped", "contiguous"] = key_of(
+        "Rows that a place on the ring holds: one early and one late run, every n-th, or one run.",
+        "zigzag",
+    )
+    cp_ring: Degree = key_of("Ring part of cp, for usp.", 1, unit="ranks")
+    cp_ulysses: Degree = key_of("Ulysses part of cp, for usp.", 1, unit="ranks")
     ep: OneForNow = key_of("Expert-parallel degree; only 1 in this version.", 1, unit="ranks")
     etp: OneForNow = key_of(
         "Tensor parallelism of experts; only 1 in this version.", 1, unit="ranks"
@@ -121,7 +130,7 @@ class ParallelTable(Table):
 
     def resolve(self, microbatch: int | None) -> ParallelStrategy:
         """Return the strategy, with ``microbatch`` where it is known."""
-        skip = ("strategy", "cp_ring", "cp_ulysses", "etp", "microbatch")
+        skip = ("strategy", "etp", "microbatch")
         values = {key: getattr(self, key) for key in type(self).model_fields if key not in skip}
         return ParallelStrategy(microbatch=microbatch or self.microbatch, **values)
 

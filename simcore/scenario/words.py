@@ -20,7 +20,7 @@ LATER_TABLES = {
 
 
 LATER_KEYS = {
-    "parallel": ("cp_kind", "offload"),
+    "parallel": ("offload",),
     "goal": ("subject_to",),
     "decoding": (
         *("draft", "draft_tokens", "draft_steps", "draft_top_k", "acceptance", "accepted_length"),

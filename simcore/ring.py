@@ -1,0 +1,214 @@
+"""Attention over sequences split between ranks, as ops: ring attention, Ulysses, or both.
+
+Forward: Ulysses trades rows for heads by all-to-all; then blocks of keys and values go round the
+ring while each rank attends to the block at hand, and partial outputs are merged by the logarithm
+of their sums of exponentials (lse). Backward: blocks go round again and their gradients travel with
+them until they are home; each block's gradients follow from the merged output and lse alone (Dao
+2023, algorithm 2), so no block is kept between the passes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from simcore.ops import Buffer, Op
+from simcore.sequence import SequenceSplit, Tile, busiest, tiles
+
+if TYPE_CHECKING:
+    from simcore.adjoints import Tape
+    from simcore.network import Builder, Rows
+
+STREAM = "cp"
+
+
+def split_attention(
+    b: Builder, rows: Rows, qkv: str, heads: int, kv_heads: int, d: int, *, causal: bool
+) -> str:
+    """Append attention of packed rows [tokens, (heads + 2 kv_heads) d] of a split sequence.
+
+    Return the output, [tokens, heads d], of the same rows.
+    """
+    split = rows.split
+    pieces = (heads * d, kv_heads * d, kv_heads * d)
+    parts = split.ulysses
+    inside = rows.batch, rows.new * parts, heads // parts, kv_heads // parts, d
+    if parts > 1:
+        qkv = _exchange(b, split, qkv, rows.batch, rows.new, pieces, to_heads=True)
+    out = _ring(b, split, qkv, inside, causal) if split.ring > 1 else _alone(b, qkv, inside, causal)
+    if parts > 1:
+        out = _exchange(b, split, out, rows.batch, rows.new, pieces[:1], to_heads=False)
+    return out
+
+
+def _exchange(
+    b: Builder,
+    split: SequenceSplit,
+    x: str,
+    batch: int,
+    rows: int,
+    pieces: tuple[int, ...],
+    *,
+    to_heads: bool,
+) -> str:
+    """Append an all-to-all from rows of all heads to all rows of some heads, or back.
+
+    ``pieces``: widths of the columns' parts, each of which is divided over the ranks.
+    """
+    parts, width = split.ulysses, sum(pieces)
+    tokens = batch * rows
+    columns = {"parts": parts, "pieces": pieces, "by": "columns"}
+    by_rows = {"parts": parts, "batch": batch, "by": "rows"}
+    first, last = (columns, by_rows) if to_heads else (by_rows, columns)
+    count: dict[str, Any] = {"t": tokens, "n": width}
+    sent = b.act(f"{x}.sent", parts, tokens, width // parts)
+    b.op("regroup", (x,), (sent,), attrs={**first, "inverse": False}, **count)
+    came = b.act(f"{x}.came", parts, tokens, width // parts)
+    group = split.ulysses_axis
+    b.op("all_to_all", (sent,), (came,), n=tokens * width, group=group, stream=STREAM)
+    shape = (tokens * parts, width // parts) if to_heads else (tokens, width)
+    out = b.act(f"{x}.turned", *shape)
+    return b.op("regroup", (came,), (out,), attrs={**last, "inverse": True}, **count)
+
+
+Sizes = tuple[int, int, int, int, int]  # batch, rows, heads, KV heads, head width
+
+
+def _alone(b: Builder, qkv: str, sizes: Sizes, causal: bool) -> str:
+    """Append attention of whole sequences."""
+    batch, rows, heads, kv_heads, d = sizes
+    out = b.act("o", batch * rows, heads * d)
+    lse = b.act("lse", batch, heads, rows, dtype="fp32")
+    dims: dict[str, Any] = {
+        "b": batch,
+        "s": rows,
+        "kv": rows,
+        "h": heads,
+        "hkv": kv_heads,
+        "d": d,
+        "dv": d,
+    }
+    return b.op("attention", (qkv,), (out, lse), attrs={"causal": causal}, **dims)
+
+
+def _ring(b: Builder, split: SequenceSplit, qkv: str, sizes: Sizes, causal: bool) -> str:
+    """Append ring attention of rows whose sequences lie on the ring."""
+    batch, rows, heads, kv_heads, d = sizes
+    width, tokens = 2 * kv_heads * d, batch * rows
+    ring = _Ring(split, sizes, causal, b.dtype)
+    block = b.act("kv.0", tokens, width)
+    b.ops.append(ring.packed(qkv, block))
+    total: tuple[str, ...] = ()
+    for step in range(split.ring):
+        if step + 1 < split.ring:
+            b.act(f"kv.{step + 1}", tokens, width)
+            b.ops.append(ring.shifted(block, f"kv.{step + 1}"))
+        part = tuple(f"{name}.{step}" for name in ("o", "lse"))
+        _declare(b, part, sizes)
+        b.ops.append(ring.block("attention_block", step, (qkv, block), part))
+        if total:
+            ends = step + 1 == split.ring
+            merged = tuple(name if ends else f"{name}.to{step}" for name in ("o", "lse"))
+            _declare(b, merged, sizes)
+            attrs = ring.merge_attrs(qkv)
+            b.op("attention_merge", (*total, *part), merged, t=tokens, n=heads * d, attrs=attrs)
+            part = merged
+        total, block = part, f"kv.{step + 1}"
+    return total[0]
+
+
+def _declare(b: Builder, names: tuple[str, ...], sizes: Sizes) -> None:
+    batch, rows, heads, _, d = sizes
+    b.act(names[0], batch * rows, heads * d)
+    b.act(names[1], batch, heads, rows, dtype="fp32")
+
+
+class _Ring:
+    """The ops that forward and backward of one ring share."""
+
+    def __init__(self, split: SequenceSplit, sizes: Sizes, causal: bool, dtype: str) -> None:
+        self.split, self.sizes, self.causal, self.dtype = split, sizes, causal, dtype
+        batch, rows, heads, kv_heads, d = sizes
+        self.tokens, self.q_width, self.kv_width = batch * rows, heads * d, 2 * kv_heads * d
+
+    @classmethod
+    def of(cls, merge: Op) -> _Ring:
+        """Return the ring of a merge, from its attributes."""
+        a = merge.attrs
+        return cls(SequenceSplit(*a["split"]), a["sizes"], a["causal"], merge.dtype)
+
+    def merge_attrs(self, source: str) -> dict[str, Any]:
+        """Return what backward needs to know of the ring whose merge carries it."""
+        split = self.split
+        return {
+            "source": source,
+            "split": (split.ring, split.ulysses, split.layout),
+            "sizes": self.sizes,
+            "causal": self.causal,
+        }
+
+    def packed(self, qkv: str, block: str) -> Op:
+        """Return the op that copies keys and values out of packed rows."""
+        dims = {"t": self.tokens, "n": self.kv_width}
+        return Op("kv_pack", dims, self.dtype, (qkv,), (block,))
+
+    def shifted(self, block: str, following: str) -> Op:
+        """Return the op that passes a block to the next rank."""
+        dims = {"n": self.tokens * self.kv_width}
+        axis = self.split.ring_axis
+        return Op("ring_shift", dims, self.dtype, (block,), (following,), STREAM, axis)
+
+    def block(self, kind: str, step: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Op:
+        """Return an op on the queries and the block of ``step``; its dims are the busiest rank's.
+
+        ``rows`` and ``tiles`` say what part of the operands each rank uses.
+        """
+        batch, rows, heads, kv_heads, d = self.sizes
+        found: tuple[Tile, ...] = tiles(self.split, rows, step, self.causal)
+        q0, q1, k0, k1, masked = busiest(found)
+        dims = {"b": batch, "s": q1 - q0, "kv": k1 - k0, "h": heads, "hkv": kv_heads}
+        attrs = {"causal": masked, "tiles": found, "axis": self.split.ring_axis, "rows": rows}
+        return Op(kind, {**dims, "d": d, "dv": d}, self.dtype, reads, writes, attrs=attrs)
+
+    def sum(self, left: str, right: str, out: str, width: int) -> Op:
+        """Return the op that adds two gradients of ``width`` columns."""
+        return Op("add", {"t": self.tokens, "n": width}, self.dtype, (left, right), (out,))
+
+
+def merge_adjoint(op: Op, tape: Tape) -> None:
+    """Emit the backward ring of the merge that ends a forward ring.
+
+    No earlier op of the ring has a gradient of its own: the ring runs again, with the merged
+    output and lse.
+    """
+    ring, (out, lse), qkv = _Ring.of(op), op.writes, op.attrs["source"]
+
+    def fresh(name: str, width: int) -> str:
+        tape.buffers.setdefault(name, Buffer((ring.tokens, width), ring.dtype))
+        return name
+
+    emit, last = tape.input_ops.append, ring.split.ring - 1
+    emit(ring.packed(qkv, "kv.0"))
+    queries, block, home = "", "kv.0", ""
+    for step in range(ring.split.ring):
+        if step < last:
+            emit(ring.shifted(block, f"kv.{step + 1}"))
+        part = fresh(f"d.q.{step}", ring.q_width), fresh(f"d.kv.{step}", ring.kv_width)
+        reads = (f"d.{out}", qkv, block, out, lse)
+        emit(ring.block("attention_block_backward", step, reads, part))
+        if step:
+            total = fresh(f"d.q.to{step}", ring.q_width)
+            emit(ring.sum(queries, part[0], total, ring.q_width))
+            carried = fresh(f"d.kv.to{step}", ring.kv_width)
+            emit(ring.sum(home, part[1], carried, ring.kv_width))
+            part = total, carried
+        home = fresh(f"d.kv.came{step}", ring.kv_width)
+        emit(ring.shifted(part[1], home))
+        queries, block = part[0], f"kv.{step + 1}"
+    width = {"t": ring.tokens, "n": ring.q_width + ring.kv_width}
+    tape.contribute(qkv, "qkv_join", width, op.dtype, (queries, home))
+
+
+def regroup_adjoint(op: Op, tape: Tape) -> None:
+    """The gradient is put back the way that the rows came."""
+    attrs = {**op.attrs, "inverse": not op.attrs["inverse"]}
+    tape.contribute(op.reads[0], "regroup", op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs)

@@ -1,0 +1,217 @@
+"""Sequence parallelism: which tokens of a sequence each rank holds, and which block it attends to.
+
+A sequence is split over ``cp`` = ring x Ulysses ranks, the Ulysses ranks of one ring place next to
+one another. Ring place r holds the rows that the layout gives it; its Ulysses ranks hold equal
+runs of these rows.
+Sources: ring attention (Liu et al. 2023), striped layout (Brandon et al. 2023), zigzag layout
+(Llama 3, Dubey et al. 2024, section 3.3.2), Ulysses (Jacobs et al. 2023), both at once (USP, Fang
+and Zhao 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simcore.ops import Op
+from simcore.program import Program, coordinates, group_ranks
+
+# Rows [first, end) of the queries, rows [first, end) of the keys, and whether a causal mask lies
+# on the square between them.
+Tile = tuple[int, int, int, int, bool]
+NO_TILE: Tile = (0, 0, 0, 0, False)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSplit:
+    """Over how many ranks a sequence is split, how, and which rows a ring place holds."""
+
+    ring: int = 1
+    ulysses: int = 1
+    layout: str = "zigzag"
+
+    @property
+    def degree(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring * self.ulysses
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The mesh axes that the sequence is split over, outermost first."""
+        if self.ring > 1 and self.ulysses > 1:
+            return {"cp_ring": self.ring, "cp_ulysses": self.ulysses}
+        return {"cp": self.degree}
+
+    @property
+    def ring_axis(self) -> str:
+        """Mesh axis of the ring."""
+        return "cp_ring" if self.ulysses > 1 else "cp"
+
+    @property
+    def ulysses_axis(self) -> str:
+        """Mesh axis of the all-to-all."""
+        return "cp_ulysses" if self.ring > 1 else "cp"
+
+    @property
+    def unit(self) -> int:
+        """What a sequence's length must be a multiple of."""
+        return int(np.lcm(self.degree, 2 * self.ring if self.pairs else 1))
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a ring place holds two runs of rows."""
+        return self.layout == "zigzag" and self.ring > 1
+
+
+WHOLE = SequenceSplit()
+
+# ---------------------------------------------------------------- layouts
+
+
+def _contiguous(length: int, ring: int, place: int) -> NDArray[np.int64]:
+    rows = length // ring
+    return np.arange(place * rows, (place + 1) * rows)
+
+
+def _zigzag(length: int, ring: int, place: int) -> NDArray[np.int64]:
+    runs = np.arange(length).reshape(2 * ring, -1)
+    return np.concatenate((runs[place], runs[2 * ring - 1 - place]))
+
+
+def _striped(length: int, ring: int, place: int) -> NDArray[np.int64]:
+    return np.arange(place, length, ring)
+
+
+def _whole_or_nothing(rows: int, place: int, source: int) -> Tile:
+    return (0, rows, 0, rows, False) if source < place else NO_TILE
+
+
+def _half(rows: int, place: int, source: int) -> Tile:
+    """Both runs see the first run of an earlier place; the last one sees all of a later place."""
+    if source < place:
+        return (0, rows, 0, rows // 2, False)
+    return (rows // 2, rows, 0, rows, False)
+
+
+def _triangle(rows: int, place: int, source: int) -> Tile:
+    """Row i of a place sees rows up to i of an earlier one, and up to i - 1 of a later one."""
+    if source < place:
+        return (0, rows, 0, rows, True)
+    return (1, rows, 0, rows - 1, True) if rows > 1 else NO_TILE
+
+
+# layout -> (rows of a ring place, tile of a place's queries against another place's keys)
+LAYOUTS: dict[
+    str,
+    tuple[Callable[[int, int, int], NDArray[np.int64]], Callable[[int, int, int], Tile]],
+] = {
+    "contiguous": (_contiguous, _whole_or_nothing),
+    "zigzag": (_zigzag, _half),
+    "striped": (_striped, _triangle),
+}
+
+
+def positions(split: SequenceSplit, length: int, place: int, part: int) -> NDArray[np.int64]:
+    """Return the positions of the rows that Ulysses rank ``part`` of ring ``place`` holds."""
+    held = LAYOUTS[split.layout][0] if split.ring > 1 else _contiguous
+    return np.split(held(length, split.ring, place), split.ulysses)[part]
+
+
+def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Tile, ...]:
+    """Return per ring place the tile of step ``step``, in which place r has the keys of r - step.
+
+    ``rows`` are those of one ring place.
+    """
+    if not causal:
+        return ((0, rows, 0, rows, False),) * split.ring
+    if step == 0:
+        return ((0, rows, 0, rows, True),) * split.ring
+    tile = LAYOUTS[split.layout][1]
+    return tuple(tile(rows, place, (place - step) % split.ring) for place in range(split.ring))
+
+
+def visible(tile: Tile) -> float:
+    """Return the (query, key) pairs that a tile leaves."""
+    queries, keys = tile[1] - tile[0], tile[3] - tile[2]
+    return queries * (queries + 1) / 2 if tile[4] else float(queries * keys)
+
+
+def busiest(found: tuple[Tile, ...]) -> Tile:
+    """Return the tile with most pairs."""
+    return max(found, key=visible)
+
+
+# ---------------------------------------------------------------- programs
+
+
+def split_of(program: Program) -> SequenceSplit:
+    """Return how a program splits its sequences."""
+    return SequenceSplit(*program.info.get("split", ()))
+
+
+def rank_positions(program: Program, rank: int) -> NDArray[np.int64]:
+    """Return the positions in a sequence of the rows that ``rank`` holds."""
+    split, where = split_of(program), coordinates(program.mesh, rank)
+    place = where[split.ring_axis] if split.ring > 1 else 0
+    part = where[split.ulysses_axis] if split.ulysses > 1 else 0
+    return positions(split, int(program.info["seq_len"]), place, part)
+
+
+def with_tile(op: Op, tile: Tile) -> Op:
+    """Return an op on blocks of attention as a rank that has this tile runs it."""
+    dims = {**op.dims, "s": tile[1] - tile[0], "kv": tile[3] - tile[2]}
+    return replace(op, dims=dims, attrs={**op.attrs, "causal": tile[4]})
+
+
+def on_rank(program: Program, op: Op, rank: int) -> Op:
+    """Return ``op`` as ``rank`` runs it: its dims are those of the rank with most to do."""
+    if "tiles" not in op.attrs:
+        return op
+    group = group_ranks(program.mesh, op.attrs["axis"], rank)
+    return with_tile(op, op.attrs["tiles"][group.index(rank)])
+
+
+def mean_share(op: Op) -> float:
+    """Return the mean over ranks of an op's products, relative to the rank with most to do."""
+    if "tiles" not in op.attrs:
+        return 1.0
+    areas = [(t[1] - t[0]) * (t[3] - t[2]) for t in op.attrs["tiles"]]
+    return sum(areas) / len(areas) / float(op.dims["s"] * op.dims["kv"])
+
+
+# ---------------------------------------------------------------- volumes
+
+
+def ring_bytes(split: SequenceSplit, tokens: float, kv_width: float, size: float) -> float:
+    """Return the bytes that a rank sends in one forward pass of ring attention in one layer.
+
+    ``tokens`` of the whole sequences; ``kv_width`` elements of a token's keys, as many values;
+    ``size`` bytes per element. With Ulysses ranks each passes on its share of the heads.
+    """
+    return (split.ring - 1) * tokens / split.degree * 2 * kv_width * size
+
+
+def ring_backward_bytes(split: SequenceSplit, tokens: float, kv_width: float, size: float) -> float:
+    """Return the bytes that a rank sends in backward: the blocks again, and their gradients home.
+
+    The gradients take one step more than the blocks.
+    """
+    if split.ring == 1:
+        return 0.0
+    return (2 * split.ring - 1) * tokens / split.degree * 2 * kv_width * size
+
+
+def ulysses_bytes(
+    split: SequenceSplit, tokens: float, width: float, kv_width: float, size: float
+) -> float:
+    """Return the bytes that a rank puts into all-to-all in one forward pass of one layer.
+
+    Queries, keys, values and outputs each go once: (2 width + 2 kv_width) tokens / cp. The share
+    1 / ulysses of them stays where it is. Backward moves as much.
+    """
+    if split.ulysses == 1:
+        return 0.0
+    return tokens / split.degree * 2 * (width + kv_width) * size

@@ -1,0 +1,253 @@
+"""Sequence parallelism: layouts and tiles by brute force, balance, volumes, times, refusals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from machines import GPT2, LLAMA, Wires, cluster_cost
+
+from simcore.accounting import step_totals
+from simcore.engine import simulate
+from simcore.errors import InputError
+from simcore.estimate import estimate, lower_bound, serial_sum
+from simcore.lower import lower_pass, lower_training
+from simcore.metrics import executed_flops
+from simcore.models import ModelSpec
+from simcore.ops import work
+from simcore.program import Program
+from simcore.sequence import (
+    LAYOUTS,
+    SequenceSplit,
+    positions,
+    rank_positions,
+    ring_backward_bytes,
+    ring_bytes,
+    tiles,
+    ulysses_bytes,
+    visible,
+)
+from simcore.strategy import ParallelStrategy
+from simcore.workloads import TrainStep
+
+SEQ = 128
+FAR = 4096  # long enough for attention to matter
+STRATEGIES = {
+    **{f"ring-{layout}": {"cp": 4, "cp_layout": layout} for layout in LAYOUTS},
+    "ulysses": {"cp": 2, "cp_kind": "ulysses"},
+    "usp": {"cp": 4, "cp_kind": "usp", "cp_ring": 2, "cp_ulysses": 2},
+    "ring-tp-pp": {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True},
+    "ring-zero3": {"cp": 2, "dp_shard": 2, "dp_replicate": 2},
+}
+SPLITS = st.builds(
+    SequenceSplit, st.integers(1, 6), st.integers(1, 3), st.sampled_from(sorted(LAYOUTS))
+)
+
+
+def lowered(length: int = SEQ, model: ModelSpec = LLAMA, **parallel: object) -> Program:
+    strategy = ParallelStrategy(**parallel)  # type: ignore[arg-type]
+    return lower_training(model, strategy, TrainStep(2 * strategy.dp, length))
+
+
+def holdings(split: SequenceSplit, length: int) -> list[np.ndarray]:
+    """Return the positions of every place on the ring, one Ulysses rank after another."""
+    return [
+        np.concatenate([positions(split, length, place, part) for part in range(split.ulysses)])
+        for place in range(split.ring)
+    ]
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@given(SPLITS, st.integers(1, 3))
+def test_every_token_has_one_holder(split: SequenceSplit, times: int) -> None:
+    length = times * split.unit
+    held = np.concatenate(holdings(split, length))
+    assert sorted(held) == list(range(length))
+
+
+@given(SPLITS, st.integers(1, 3), st.booleans())
+def test_tiles_are_what_the_mask_leaves(split: SequenceSplit, times: int, causal: bool) -> None:
+    """Of every block, the tile holds each pair that attention needs, and no other."""
+    length = times * split.unit
+    held = holdings(split, length)
+    for step in range(split.ring):
+        found = tiles(split, length // split.ring, step, causal)
+        for place, (q0, q1, k0, k1, masked) in enumerate(found):
+            queries, keys = held[place], held[(place - step) % split.ring]
+            needed = (
+                queries[:, None] >= keys[None] if causal else np.ones((len(queries),) * 2, bool)
+            )
+            tile = np.zeros_like(needed)
+            tile[q0:q1, k0:k1] = np.tri(q1 - q0, k1 - k0, dtype=bool) if masked else True
+            assert np.array_equal(tile, needed)
+            assert visible(found[place]) == needed.sum()
+
+
+@given(SPLITS, st.integers(1, 3))
+def test_pairs_add_up_and_zigzag_is_even(split: SequenceSplit, times: int) -> None:
+    length = times * split.unit
+    rows = length // split.ring
+    loads = np.zeros(split.ring)
+    for step in range(split.ring):
+        loads += [visible(tile) for tile in tiles(split, rows, step, True)]
+    assert loads.sum() == length * (length + 1) / 2
+    if split.layout == "contiguous":
+        steps = np.arange(split.ring)
+        assert np.array_equal(loads, rows * (rows + 1) / 2 + steps * rows * rows)
+    if split.pairs or split.ring == 1:
+        assert np.ptp(loads) == 0
+    if split.layout == "striped":
+        assert np.ptp(loads) <= rows * (split.ring - 1)
+
+
+# ---------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranks_share_the_tokens_of_each_sequence(name: str) -> None:
+    program = lowered(**STRATEGIES[name])
+    degree = ParallelStrategy(**STRATEGIES[name]).cp
+    found = Counter(int(p) for rank in range(program.world) for p in rank_positions(program, rank))
+    assert found == dict.fromkeys(range(SEQ), program.world // degree)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranks_products_add_up(name: str) -> None:
+    """The mean that a run's utilisation counts is that of the ranks' own work."""
+    program = lowered(**STRATEGIES[name])
+    stages = len(program.order)
+    each = [
+        step_totals(program, rank * stages // program.world, rank).flops
+        for rank in range(program.world)
+    ]
+    assert executed_flops(program) == pytest.approx(sum(each), rel=1e-12)
+    most = [step_totals(program, stage).flops for stage in range(stages)]
+    assert max(each) == max(most)
+    if "contiguous" in name:
+        assert each == sorted(each)
+        assert each[0] < each[-1]
+    elif "striped" not in name and stages == 1:
+        assert len(set(each)) == 1
+
+
+def payload(program: Program, kind: str, block: str) -> float:
+    """Return the bytes of a kind of communication in one run of a block."""
+    ops = program.blocks[block].ops
+    return sum(float(work(op).payload_bytes) for op in ops if op.kind == kind)
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=lambda m: m.name)
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (4, 2)])
+def test_bytes_follow_the_closed_forms(model: ModelSpec, ring: int, ulysses: int) -> None:
+    model = replace(model, heads=8, kv_heads=4)
+    program = lowered(
+        model=model, cp=ring * ulysses, cp_kind="usp", cp_ring=ring, cp_ulysses=ulysses
+    )
+    split, size = SequenceSplit(ring, ulysses), 2
+    width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    forward, backward = (payload(program, "ring_shift", f"layer.{k}") for k in "FB")
+    assert forward == ring_bytes(split, SEQ, kv_width, size)
+    assert forward == (ring - 1) / ring * SEQ * 2 * kv_width / ulysses * size
+    assert backward == ring_backward_bytes(split, SEQ, kv_width, size)
+    for block in ("layer.F", "layer.B"):
+        moved = payload(program, "all_to_all", block)
+        assert moved == ulysses_bytes(split, SEQ, width, kv_width, size)
+
+
+def test_ulysses_moves_as_much_when_length_and_ranks_double_together() -> None:
+    found = [ulysses_bytes(SequenceSplit(1, n), 1024 * n, 64, 64, 2) for n in (2, 4, 8)]
+    assert len(set(found)) == 1
+    assert found[0] > 0
+    rings = [ring_bytes(SequenceSplit(n), 1024 * n, 64, 2) for n in (2, 4, 8)]
+    assert rings[0] < rings[1] < rings[2]
+
+
+def test_replicas_of_weights_include_the_ranks_of_a_sequence() -> None:
+    plain = lowered(cp=2, dp_replicate=2)
+    assert {op.group for op in plain.blocks["layer.reduce"].ops} == {"dp_replicate*cp"}
+    sharded = lowered(cp=4, dp_replicate=2, zero_stage=3, cp_kind="usp", cp_ring=2, cp_ulysses=2)
+    groups = [(op.kind, op.group) for op in sharded.blocks["layer.reduce"].ops]
+    assert groups == [("reduce_scatter", "cp_ring*cp_ulysses"), ("all_reduce", "dp_replicate")]
+    whole = lowered().buffers["layer.w"].elements
+    assert sharded.buffers["layer.ws"].elements == whole // 4
+
+
+# ---------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_machines_agree(name: str) -> None:
+    program = lowered(FAR, **STRATEGIES[name])
+    cost, wires = cluster_cost(program), Wires(2e-6, 20e9)
+    whole = estimate(program, cost, wires)
+    detail = simulate(program, cost, wires, detail=True)
+    assert whole.step_s == pytest.approx(detail.step_s, rel=1e-9)
+    every = simulate(program, cost, wires, every_rank=True)
+    assert every.step_s == pytest.approx(detail.step_s, rel=0.02)
+    assert lower_bound(program, cost) <= detail.step_s * (1 + 1e-9)
+    assert detail.step_s <= serial_sum(program, cost, wires) * (1 + 1e-9)
+
+
+def test_a_contiguous_ring_waits_for_its_last_rank() -> None:
+    steps = {}
+    for layout in LAYOUTS:
+        program = lowered(FAR, cp=4, cp_layout=layout)
+        cost = cluster_cost(program)
+        line = simulate(program, cost, cost, every_rank=True)
+        steps[layout] = line.step_s
+        busy = [
+            sum(s.end_s - s.start_s for s in line.spans if s.rank == rank and "block" in s.name)
+            for rank in range(4)
+        ]
+        if layout == "contiguous":
+            assert busy == sorted(busy)
+            assert busy[0] < busy[3] / 2
+        else:
+            assert min(busy) > 0.9 * max(busy)
+    assert steps["zigzag"] < steps["contiguous"]
+    assert steps["striped"] < steps["contiguous"]
+
+
+def test_blocks_arrive_while_others_are_attended_to() -> None:
+    """With attention long enough, a ring's shifts cost nothing but what stands at its ends."""
+    program = lowered(FAR, cp=4)
+    cost = cluster_cost(program, bandwidth=100.0)
+    line = simulate(program, cost, cost, detail=True)
+    shifts = [s for s in line.spans if s.name == "ring_shift"]
+    blocks = [s for s in line.spans if s.name.startswith("attention_block")]
+    inside = sum(any(b.start_s < s.end_s and s.start_s < b.end_s for b in blocks) for s in shifts)
+    assert len(shifts) * 3 / 4 < inside
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("length", "parallel", "words"),
+    [
+        (100, {"cp": 8}, ("multiple of 16", "96")),
+        (100, {"cp": 8, "cp_layout": "striped"}, ("multiple of 8",)),
+        (SEQ, {"cp": 8, "cp_kind": "ulysses"}, ("heads", "use a ring")),
+        (SEQ, {"cp": 4, "cp_kind": "usp", "cp_ring": 2}, ("cp_ring 2 x cp_ulysses 1",)),
+        (SEQ, {"cp": 4, "cp_ring": 2}, ("cp_kind", "usp")),
+        (SEQ, {"cp": 2, "cp_kind": "rings"}, ("cp_kind", "'ring'")),
+        (SEQ, {"cp": 2, "cp_layout": "zigzags"}, ("cp_layout", "'zigzag'")),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused(
+    length: int, parallel: dict[str, object], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        lowered(length, **parallel)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_generation_does_not_split_sequences() -> None:
+    with pytest.raises(InputError, match="cp to 1"):
+        lower_pass(LLAMA, ParallelStrategy(cp=2), 2, 8, 0)
