@@ -74,7 +74,7 @@ def critical_batch(
     """
     if not (tokens > 0 and known_batch > 0 and known_tokens > 0):
         raise InputError("a critical batch needs tokens, known_batch and known_tokens above 0.")
-    return known_batch * (tokens / known_tokens) ** exponent
+    return float(known_batch * (tokens / known_tokens) ** exponent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class LossCurve:
     def tokens(self, parameters: float, loss: float) -> float:
         """Return the tokens to a loss; infinite where the network never reaches it."""
         left = loss - self.floor - self.a / parameters**self.alpha
-        return (self.b / left) ** (1 / self.beta) if left > 0 else math.inf
+        return float((self.b / left) ** (1 / self.beta)) if left > 0 else math.inf
 
 
 def seconds_to_loss(law: StepsToLoss, batch: float, step_s: float) -> float:

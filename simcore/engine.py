@@ -88,7 +88,9 @@ class FluidLinks:
             wait = max(0.0, flow.left / rate)
             if wait < soonest:
                 first, soonest = flow, wait
-        self.env.timeout(soonest, (first, flows)).callbacks.append(self._finish)
+        alarm = self.env.timeout(soonest, (first, flows))
+        assert alarm.callbacks is not None
+        alarm.callbacks.append(self._finish)
 
     def _finish(self, event: simpy.Event) -> None:
         done, plan = event.value

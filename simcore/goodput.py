@@ -9,7 +9,6 @@ steps as useful too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +91,7 @@ def _lengths(
     devices: int,
     price_per_hour: float | None,
     reason: str,
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """Return what depends on the length of a run, None where it does not finish."""
     total = took.total_s
     found: dict[str, Any] = {

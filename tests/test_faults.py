@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -283,7 +284,7 @@ def test_order_statistics_of_a_lognormal(n: int, backups: int) -> None:
 @given(st.integers(2, 200))
 def test_each_backup_shortens_the_step(n: int) -> None:
     times = [exponential_kth_s(n, b, 1.0) for b in range(n)]
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in pairwise(times))
     assert times[-1] == pytest.approx(1 / n)
     assert harmonic(n) == pytest.approx(special.digamma(n + 1) + np.euler_gamma)
 

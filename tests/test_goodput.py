@@ -124,7 +124,7 @@ def degree_for(tokens: float) -> int:
 
 
 def test_the_best_degree_follows_data() -> None:
-    """Zhang et al. (2024): the critical batch grows with tokens; a network's size is no argument."""
+    """Zhang et al. (2024): the critical batch grows with tokens; no size of a network enters."""
     degrees = [degree_for(tokens) for tokens in (1e9, 1e10, 1e11, 1e12)]
     assert degrees == sorted(set(degrees))
 
