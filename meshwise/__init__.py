@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from meshwise.api import (
         calibrate,
         hardware,
+        largest,
         models,
         plan,
         predict,
@@ -35,6 +36,7 @@ __all__ = [
     "Scenario",
     "calibrate",
     "hardware",
+    "largest",
     "load_scenario",
     "make_scenario",
     "models",

@@ -92,6 +92,17 @@ def plan(
     return plan_scenario(load(scenario), top, profile, progress)
 
 
+def largest(scenario: Source, what: str, *, profile: str | Path | None = None) -> Result:
+    """Return the largest ``what`` of a training step that fits into memory.
+
+    ``what``: "global_batch", "microbatch", "seq_len" or "layers". The result names the next
+    larger value and the bytes that it lacks.
+    """
+    from meshwise.largest import largest_scenario
+
+    return largest_scenario(load(scenario), what, profile)
+
+
 def run(
     scenario: Source,
     rank: int | None = None,

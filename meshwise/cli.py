@@ -183,6 +183,26 @@ def plan(
     show(result, json)
 
 
+@app.command()
+def largest(
+    scenario: Scenario,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="global_batch, microbatch, seq_len or layers.",
+            show_default=False,
+        ),
+    ],
+    profile: Profile = None,
+    json: Json = False,
+) -> None:
+    """Find the largest batch, length or model that fits into memory."""
+    from meshwise import api
+
+    show(api.largest(scenario, what, profile=profile), json)
+
+
 # ---------------------------------------------------------------- real runs
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwmodels.collectives import GroupLayout, bus_bytes_per_s, deviation, library_call
+from meshwise.longrun import run_metrics
 from meshwise.operators import operator_metrics
 from meshwise.result import Result
 from meshwise.setting import RESERVE_SHARE, Setting, resolve
@@ -346,10 +347,23 @@ def answer(scenario: Scenario, setting: Setting, engine: str) -> Answer:
     model = scenario.model_spec()
     if isinstance(work, TrainStep):
         found = predict_training(model, work, parallel, setting, engine)
+        found = _whole_run(found, scenario, setting, engine)
     else:
         method = scenario.decoding.method if scenario.decoding else "autoregressive"
         found = predict_generation(model, work, parallel, setting, engine, method)
     return dataclasses.replace(found, assumptions=(*notes, *found.assumptions))
+
+
+def _whole_run(found: Answer, scenario: Scenario, setting: Setting, engine: str) -> Answer:
+    """Return the answer for a step and, where the run has a length, the run's metrics too."""
+    assert found.timeline is not None
+    metrics, notes, warnings = run_metrics(scenario, setting, found.timeline, engine)
+    return dataclasses.replace(
+        found,
+        metrics={**found.metrics, **metrics},
+        assumptions=(*found.assumptions, *notes),
+        warnings=(*found.warnings, *warnings),
+    )
 
 
 def _planned(

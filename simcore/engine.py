@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import simpy
@@ -27,52 +28,84 @@ Process = Generator[simpy.Event, Any, None]
 DETAIL_LIMIT = 25_000  # ops in a step (about two seconds) up to which each is an event of its own
 
 
+@dataclass(slots=True, eq=False)
+class _Flow:
+    """A message under way: its links, the bytes left at ``since``, and its bytes per second."""
+
+    path: tuple[int, ...]
+    left: float
+    done: simpy.Event
+    since: float
+    rate: float = 0.0
+    plan: tuple[_Flow, ...] = ()  # the flows that it was last planned with
+
+
 class FluidLinks:
-    """Flows that share links; finish times are re-planned when the set of flows changes."""
+    """Flows that share links; finish times are re-planned when the set of flows changes.
+
+    Flows that share no link, not even through others, do not slow one another: a change re-plans
+    only those that it can reach.
+    """
 
     def __init__(self, env: simpy.Environment, network: Network) -> None:
         self.env, self.network = env, network
-        self.flows: dict[simpy.Event, tuple[Sequence[int], float]] = {}  # done -> path, bytes left
-        self.rates: dict[simpy.Event, float] = {}
-        self.updated = 0.0
-        self.version = 0
+        self.users: dict[int, dict[_Flow, None]] = {}  # link -> flows, in order of arrival
+        self.rates = lru_cache(maxsize=4096)(self._rates)
+
+    def _rates(self, paths: tuple[tuple[int, ...], ...]) -> list[float]:
+        return [float(rate) for rate in self.network.rates(paths)]
 
     def send(self, src: int, dst: int, size: float) -> Process:
         """Complete when the last byte of ``size`` has arrived."""
-        path = self.network.path(src, dst)
+        path = tuple(self.network.path(src, dst))
         if not path:
             return
         yield self.env.timeout(self.network.latency(path))
         if size > 0:
-            done = self.env.event()
-            self._settle()
-            self.flows[done] = (path, size)
-            self._plan()
-            yield done
+            flow = _Flow(path, size, self.env.event(), self.env.now)
+            for link in path:
+                self.users.setdefault(link, {})[flow] = None
+            self._plan(self._reachable(flow))
+            yield flow.done
 
-    def _settle(self) -> None:
-        elapsed, self.updated = self.env.now - self.updated, self.env.now
-        for done, (path, left) in self.flows.items():
-            self.flows[done] = (path, left - elapsed * self.rates[done])
+    def _reachable(self, flow: _Flow) -> tuple[_Flow, ...]:
+        """Return the flows that share a link with ``flow``, directly or through others."""
+        found, waiting = {flow: None}, [flow]
+        while waiting:
+            for link in waiting.pop().path:
+                for other in self.users[link]:
+                    if other not in found:
+                        found[other] = None
+                        waiting.append(other)
+        return tuple(found)
 
-    def _plan(self) -> None:
-        self.version += 1
-        if not self.flows:
+    def _plan(self, flows: tuple[_Flow, ...]) -> None:
+        """Give flows their rates from now on, and wait for the first of them to finish."""
+        now = self.env.now
+        first, soonest = flows[0], math.inf
+        for flow, rate in zip(flows, self.rates(tuple(f.path for f in flows)), strict=True):
+            flow.left -= (now - flow.since) * flow.rate
+            flow.since, flow.rate, flow.plan = now, rate, flows
+            wait = max(0.0, flow.left / rate)
+            if wait < soonest:
+                first, soonest = flow, wait
+        alarm = self.env.timeout(soonest, (first, flows))
+        assert alarm.callbacks is not None
+        alarm.callbacks.append(self._finish)
+
+    def _finish(self, event: simpy.Event) -> None:
+        done, plan = event.value
+        if done.plan is not plan:  # planned anew since
             return
-        rates = self.network.rates([path for path, _ in self.flows.values()])
-        self.rates = {done: float(rate) for done, rate in zip(self.flows, rates, strict=True)}
-        first = min(self.flows, key=lambda done: self.flows[done][1] / self.rates[done])
-        wait = max(0.0, self.flows[first][1] / self.rates[first])
-        self.env.process(self._finish(first, wait, self.version))
-
-    def _finish(self, done: simpy.Event, wait: float, version: int) -> Process:
-        yield self.env.timeout(wait)
-        if version != self.version:
-            return
-        self._settle()
-        del self.flows[done]
-        done.succeed()
-        self._plan()
+        for link in done.path:
+            self.users[link].pop(done, None)
+        done.done.succeed()
+        left = dict.fromkeys(flow for flow in plan if flow is not done)
+        while left:
+            together = self._reachable(next(iter(left)))
+            for flow in together:
+                del left[flow]
+            self._plan(together)
 
 
 @dataclass(slots=True)
@@ -95,6 +128,7 @@ class _Rank:
     ready: dict[Entry, simpy.Event] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
+    pipeline: list[int] = field(default_factory=list)  # ranks of its pipeline, once asked for
 
 
 @dataclass(slots=True)
@@ -281,8 +315,9 @@ class Engine:
         self, state: _Rank, op: Op, action: Action, layer: int
     ) -> Generator[simpy.Event, Any, float]:
         """Start when both ends have come; share the links with other flows."""
-        where = coordinates(self.program.mesh, state.number)
-        peer = group_ranks(self.program.mesh, "pp", state.number)[where["pp"] + op.attrs["peer"]]
+        if not state.pipeline:
+            state.pipeline = group_ranks(self.program.mesh, "pp", state.number)
+        peer = state.pipeline[state.stage_rank + op.attrs["peer"]]
         ends = (state.number, peer) if op.kind == "send" else (peer, state.number)
         meeting = self._meet((ends, op.attrs["channel"], layer, action.microbatch), 2)
         yield meeting.ready
@@ -324,7 +359,8 @@ class Engine:
         before: simpy.Event | None,
         done: simpy.Event,
     ) -> Process:
-        yield self.env.timeout(max(0.0, issued - self.env.now))
+        if issued > self.env.now:
+            yield self.env.timeout(issued - self.env.now)
         if before is not None and not before.processed:
             yield before
         start = yield from self._message(state, op, action, layer)

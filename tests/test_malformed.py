@@ -22,6 +22,8 @@ Case = tuple[str, Any, tuple[str, ...]]
 MODEL = {"layers": 8, "hidden": 64, "heads": 8, "ffn": 256, "vocab": 1000}
 CLUSTER = {"gpu": "h100-sxm-80gb", "gpus_per_node": 4}
 TRAIN = {"kind": "train", "global_batch": 16, "seq_len": 128}
+FAULTS = {"mtbf_hours": 5e4, "restart_s": 600.0, "checkpoint_s": 30.0}
+BARE = {"restart_s": 600.0, "checkpoint_s": 30.0}
 GENERATE = {"kind": "generate", "batch": 4, "input_tokens": 32, "output_tokens": 8}
 GEMM = {"kind": "op", "op": "gemm", "m": 64, "n": 64, "k": 64}
 REDUCE = {"kind": "collective", "op": "all_reduce", "bytes": 1024, "ranks": 4}
@@ -70,7 +72,31 @@ TABLES: list[Case] = [
     ("table is a number", train(cluster=4), ("[cluster]", "4")),
     ("table is null", train(model=None), ("[model]", "null")),
     ("engine", train(engine={"profile": "vllm"}), ("[engine]", "serving", "generate")),
-    ("faults", train(faults={}), ("[faults]",)),
+    ("faults", train(faults={}), ("[faults].restart_s", "is missing")),
+    ("faults of one step", train(faults=FAULTS), ("[faults]", "[workload].tokens")),
+    ("faults of a gemm", {**alone(GEMM), "faults": FAULTS}, ("[faults]", "'op'")),
+    (
+        "two rates",
+        train(faults={**FAULTS, "rates": "rsc-1"}),
+        ("[faults].rates", "mtbf_hours", "exclude each other"),
+    ),
+    ("no rate", train(faults=BARE), ("[faults]", "mtbf_hours", "rates")),
+    ("unknown rates", train(faults={**BARE, "rates": "rsc"}), ("[faults].rates", "'rsc-2'")),
+    (
+        "checkpoint overlap",
+        train(faults={**FAULTS, "checkpoint_interval_s": 1.0, "checkpoint_stall_s": 1.0}),
+        ("[faults].checkpoint_interval_s", "at least 28"),
+    ),
+    (
+        "wrong interval",
+        train(faults={**FAULTS, "checkpoint_interval_s": "best"}),
+        ("[faults].checkpoint_interval_s", "'optimal'"),
+    ),
+    (
+        "tokens and steps",
+        train(workload={**TRAIN, "tokens": 10, "steps": 10}),
+        ("[workload].steps", "exclude each other"),
+    ),
     ("serve", train(workload={"kind": "serve"}), ("serve", "generate", "collective")),
     ("unknown kind", train(workload={"kind": "trian"}), ("kind", "'train'")),
     ("kind is a list", train(workload={"kind": ["train"]}), ("[workload].kind", "a list")),

@@ -238,7 +238,7 @@ def test_schema_describes_every_key() -> None:
 def type_of(rule: dict[str, Any]) -> str:
     """Return the words for the type and range of a key of the schema."""
     if "anyOf" in rule:
-        return type_of(next(part for part in rule["anyOf"] if part.get("type") != "null"))
+        return " or ".join(type_of(p) for p in rule["anyOf"] if p.get("type") != "null")
     if "enum" in rule:
         return ", ".join(rule["enum"])
     if "const" in rule:

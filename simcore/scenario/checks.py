@@ -163,10 +163,23 @@ def _check_tables(scenario: Scenario) -> None:
                 )
     if scenario.decoding is not None and kind != "generate":
         raise InputError(f"[decoding] has no meaning for a workload of kind {kind!r}: remove it.")
+    if scenario.faults is not None:
+        _check_faults(scenario)
     if scenario.goal is not None:
         _check_goal(scenario.goal, kind)
     if isinstance(scenario.workload, CollectiveWorkload):
         _check_ranks(scenario.workload.ranks, scenario.world)
+
+
+def _check_faults(scenario: Scenario) -> None:
+    """Raise where [faults] stands beside anything but a run of known length."""
+    work = scenario.workload
+    if work.kind != "train":
+        raise InputError(
+            f"[faults] has no meaning for a workload of kind {work.kind!r}: remove it."
+        )
+    if work.tokens is None and work.steps is None:
+        raise InputError("[faults] needs the length of the run: give [workload].tokens, or steps.")
 
 
 def _check_goal(goal: GoalTable, kind: str) -> None:

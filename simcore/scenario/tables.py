@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, Strict, model_validator
 
 from simcore.errors import InputError
 from simcore.models import ModelSpec
+from simcore.scenario.faults import FaultsTable
 from simcore.scenario.fields import (
     Degree,
     Flag,
@@ -191,6 +192,7 @@ class Scenario(Table):
     decoding: DecodingTable | None = key_of("How a generation produces tokens.", None)
     goal: GoalTable | None = key_of("What a plan is to reach.", None)
     run: RunTable = key_of("How a run is made.", RunTable())
+    faults: FaultsTable | None = key_of("What goes wrong in a long training run.", None)
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
@@ -272,8 +274,9 @@ TABLE_CLASSES: dict[str, type[Table]] = {
     "decoding": DecodingTable,
     "goal": GoalTable,
     "run": RunTable,
+    "faults": FaultsTable,
 }
-TABLES = ("model", "cluster", "parallel", "workload", "decoding", "goal", "run")
+TABLES = ("model", "cluster", "parallel", "workload", "decoding", "goal", "run", "faults")
 
 
 def homes_of(key: str) -> list[str]:

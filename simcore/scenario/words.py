@@ -14,7 +14,6 @@ LATER_TABLES = {
     "engine": "serving",
     "slo": "serving",
     "fleet": "serving",
-    "faults": "fault injection",
     "draft_model": "speculative decoding",
 }
 

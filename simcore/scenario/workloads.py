@@ -15,6 +15,7 @@ from simcore.scenario.fields import (
     Flag,
     Library,
     OpDtype,
+    RunTokens,
     Size,
     StorageDtype,
     Table,
@@ -39,6 +40,16 @@ class TrainWorkload(Table):
         "Format of the parameters in training; by default weights_dtype.", None
     )
     grads_dtype: Literal["fp32", "bf16", "fp16"] = key_of("Format of the gradients.", "fp32")
+    tokens: RunTokens | None = key_of(
+        "Tokens of the whole run, whose days and cost are then told.", None, unit="tokens"
+    )
+    steps: Tokens | None = key_of("Steps of the whole run, in place of tokens.", None, unit="steps")
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.tokens is not None and self.steps is not None:
+            raise refusal("and tokens exclude each other: keep one of them.", "steps")
+        return self
 
 
 class GenerateWorkload(Table):
