@@ -6,9 +6,9 @@ kernel that follows; logits copied to fp32. It also decides whether gradients ar
 the backward pass or after it. `FrameworkCost` prices a program's ops as a framework runs them, on
 top of any cost model; `arranged` moves a program's reductions where the framework has them.
 
-What is fitted to measured steps are three numbers: host seconds per kernel, the share of its
-benchmarked speed that a kernel keeps in a real step (clocks under sustained power, cold caches),
-and seconds of every step that belong to no op (data, norms, logging).
+What may be fitted to measured steps is a handful of numbers: host seconds per kernel and per
+collective, and the share of its benchmarked speed that a family of kernels keeps in a real step
+(clocks under sustained power, cold caches, a library's older kernels).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from hwmodels.cost import ClusterCost
+from hwmodels.cost import ATTENTION_KINDS, ClusterCost
 from simcore.errors import InputError, unknown
 from simcore.ops import COMMUNICATION, COMPUTE, WORK, Op, Size
 from simcore.program import Action, Block, Program
@@ -35,8 +35,9 @@ class Framework:
 
     ``kernels``: launches for one op of a kind, 1 where it is not named; ``passes``: traffic of an
     elementwise kind over that of the program, 0 where another kernel does it on its way.
-    ``issue_s``: host time per kernel; ``call_s``: per collective or message; ``share``: part of
-    its benchmarked speed that a kernel keeps; ``step_s``: work of a step that belongs to no op.
+    ``issue_s``: host time per kernel; ``call_s``: per collective or message, and ``call_rank_s``
+    more for every rank of its group; ``*_share``: part of their benchmarked speed that kernels of
+    a family keep; ``step_s``: work of a step that belongs to no op.
     """
 
     name: str
@@ -45,7 +46,10 @@ class Framework:
     waits_for_messages: bool = False
     issue_s: float = 0.0
     call_s: float = 0.0
-    share: float = 1.0
+    call_rank_s: float = 0.0
+    matmul_share: float = 1.0
+    attention_share: float = 1.0
+    memory_share: float = 1.0
     step_s: float = 0.0
     kernels: Mapping[str, float] = field(default_factory=dict)
     passes: Mapping[str, float] = field(default_factory=dict)
@@ -57,11 +61,13 @@ class Framework:
         for kind in (*self.kernels, *self.passes):
             if kind not in WORK:
                 raise unknown(f"op kind of framework {self.name!r}", kind, WORK)
-        if not 0 < self.share <= 1:
-            raise InputError(
-                f"share {self.share} of framework {self.name!r} must be above 0 and at most 1."
-            )
-        if min(self.issue_s, self.call_s, self.step_s) < 0:
+        for share in ("matmul_share", "attention_share", "memory_share"):
+            if not 0 < getattr(self, share) <= 1:
+                raise InputError(
+                    f"{share} {getattr(self, share)} of framework {self.name!r} must be above 0 "
+                    "and at most 1."
+                )
+        if min(self.issue_s, self.call_s, self.call_rank_s, self.step_s) < 0:
             raise InputError(f"seconds of framework {self.name!r} must be 0 or above.")
 
 
@@ -170,16 +176,19 @@ class FrameworkCost:
         """Return the seconds of all kernels that the framework runs for ``op``."""
         if op.is_communication:
             return self.base.seconds(op)
-        if op.kind in ("attention", "attention_backward") and self.framework.attention == "unfused":
-            found: Size = sum(self.base.seconds(part) for part in attention_parts(op))
-        else:
-            passes = self.framework.passes.get(op.kind, 1.0)
-            if not passes:
-                return 0.0
-            if passes != 1.0:
-                op = replace(op, dims={**op.dims, "t": op.dims["t"] * passes})
-            found = self.base.seconds(op)
-        return found / self.framework.share
+        framework = self.framework
+        if op.kind in ATTENTION_KINDS:
+            unfused = framework.attention == "unfused"
+            parts = attention_parts(op) if unfused else (op,)
+            return sum(self.base.seconds(part) for part in parts) / framework.attention_share
+        if op.kind == "matmul":
+            return self.base.seconds(op) / framework.matmul_share
+        passes = framework.passes.get(op.kind, 1.0)
+        if not passes:
+            return 0.0
+        if passes != 1.0:
+            op = replace(op, dims={**op.dims, "t": op.dims["t"] * passes})
+        return self.base.seconds(op) / framework.memory_share
 
     def issue_seconds(self, op: Op) -> Size:
         """Return the host's time to issue all kernels of ``op``."""
@@ -187,7 +196,8 @@ class FrameworkCost:
         if op.kind == "alias" or framework.passes.get(op.kind) == 0:
             return 0.0
         if op.kind in COMMUNICATION:
-            return framework.call_s
+            ranks = self.base.layout(op.group).degree if op.group not in ("", "pp") else 2
+            return framework.call_s + framework.call_rank_s * ranks
         return framework.issue_s * framework.kernels.get(op.kind, 1.0)
 
     def slowdown(self, op: Op, beside: Op) -> Size:
