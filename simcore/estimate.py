@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from simcore.costs import CostModel, Network, transfer_seconds
-from simcore.ops import Op, work
+from simcore.ops import COMPUTE, Op, work
 from simcore.program import Action, Call, Key, Program, group_ranks, rank_at
 from simcore.templates import HOST, Clock, Template, price, templates
 from simcore.timeline import Span, Timeline
@@ -58,6 +58,7 @@ class Channel:
     seconds: float
     size_bytes: float
     streams: list[str] = field(default_factory=lambda: ["", ""])  # of the two ends
+    waits: bool = False  # the hosts wait: the sender's to send, the receiver's for what comes
     sent: deque[tuple[float, tuple[int, int]]] = field(default_factory=deque)  # when, what
     posted: deque[tuple[float, tuple[int, int], Key]] = field(default_factory=deque)
 
@@ -92,6 +93,8 @@ class _Path:
     def post(self, rank: int, clock: Clock, action: Action) -> None:
         """Post a send or a receive; deliver what has both."""
         channel, (name, layer, each), issue = self.port(rank, action)
+        if channel.waits and rank == channel.src:
+            clock.at[HOST] = max(clock.at[HOST], clock.at.get(COMPUTE, 0.0))
         clock.at[HOST] = posted = clock.at[HOST] + issue
         key = name, layer, each if each < 0 else action.microbatch
         if rank == channel.src:
@@ -115,7 +118,7 @@ class _Path:
             channel = self.channels.get((src, dst, op.attrs["channel"]))
             if channel is None:
                 seconds = message_seconds(self.program, self.network, src, dst, size)
-                channel = Channel(src, dst, seconds, size)
+                channel = Channel(src, dst, seconds, size, waits=op.attrs.get("waits", False))
                 self.channels[src, dst, op.attrs["channel"]] = channel
             channel.streams[op.kind == "recv"] = op.stream
             self.ports[kind] = channel, key, issue
@@ -130,6 +133,8 @@ class _Path:
         start = max(sent, posted, src.at.get(out, 0.0), dst.at.get(into, 0.0))
         arrived = start + channel.seconds
         dst.at[key] = dst.at[into] = src.at[out] = arrived
+        if channel.waits:
+            dst.at[HOST] = max(dst.at[HOST], arrived)
         for clock, end, stream in ((src, channel.src, out), (dst, channel.dst, into)):
             clock.talking.append((start, arrived))
             self.spans.append(Span(end, stream, stream, start, arrived, "", channel.size_bytes))
