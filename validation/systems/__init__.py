@@ -26,6 +26,8 @@ MODULES = (
     "closed_forms",
     "training_closed_forms",
     "training_pipelines",
+    "training_sequences",
+    "training_states",
 )
 for _module in MODULES:
     import_module(f"validation.systems.{_module}")
