@@ -28,6 +28,8 @@ MODULES = (
     "training_pipelines",
     "training_sequences",
     "training_states",
+    "training_balance",
+    "training_activations",
 )
 for _module in MODULES:
     import_module(f"validation.systems.{_module}")
