@@ -1,0 +1,321 @@
+"""Checks of sequences of unequal length: groups, dynamic ranks, attention servers, masks."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from hwmodels.catalogue import load_chip
+from simcore.catalogue import load_model
+from simcore.metrics import model_flops_per_token
+from simcore.models import parameter_count
+from validation.systems.frame import Finding, check, need_torch
+from validation.systems.training_sequences import ON_CPU, gradients_agree, largest, tensors
+
+RATE = 0.5 * 312e12  # an A100 at half of its peak
+NODE_RATE, NIC_RATE = 240e9, 25e9  # bytes/s of a rank inside a node and between nodes
+LAYERS, WIDTH = 32, 4096  # a 7B network
+MODEL = "llama-2-7b"
+ROOM = 16384.0  # tokens whose activations a rank holds, none recomputed
+LAUNCH_S = 2e-5  # of one collective
+
+
+def work_flops(length: float) -> float:
+    """Return the FLOPs of a sequence's step, causal attention counted as half."""
+    model = load_model(MODEL)
+    each = 6 * parameter_count(model)
+    return length * (each + 6 * LAYERS * WIDTH * length)
+
+
+@cache
+def seconds(length: float, degree: int, nic: float = NIC_RATE) -> float:
+    """Return the seconds of a sequence over ``degree`` ranks: compute and exposed all-to-alls."""
+    if degree == 1:
+        return work_flops(length) / RATE
+    rate = NODE_RATE if degree <= 8 else nic
+    shard = length / degree * WIDTH * 2
+    moved = 3 * LAYERS * 4 * (shard * (degree - 1) / degree / rate + LAUNCH_S)
+    return work_flops(length) / degree / RATE + moved
+
+
+def drawn(count: int, sigma: float, seed: int, longest: float = 262144.0) -> list[float]:
+    """Return log-normal lengths around 2048 tokens, longest first."""
+    random = np.random.default_rng(seed)
+    found = np.clip(random.lognormal(math.log(2048), sigma, count), 128, longest)
+    return sorted(found.tolist(), reverse=True)
+
+
+def shared(lengths: Sequence[float], groups: Sequence[int]) -> float:
+    """Return the step of groups of given degrees: each sequence where it ends first and fits."""
+    ends = [0.0] * len(groups)
+    for length in lengths:
+        able = [i for i, degree in enumerate(groups) if length <= ROOM * degree]
+        if not able:
+            return math.inf
+        best = min(able, key=lambda i: ends[i] + seconds(length, groups[i]))
+        ends[best] += seconds(length, groups[best])
+    return max(ends)
+
+
+@cache
+def partitions(ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Return every way to split the ranks into groups of powers of two, largest first."""
+
+    def split(left: int, most: int) -> list[tuple[int, ...]]:
+        if not left:
+            return [()]
+        sizes = [2**i for i in range(most.bit_length()) if 2**i <= min(left, most)]
+        return [(size, *rest) for size in sizes for rest in split(left - size, size)]
+
+    return tuple(split(ranks, ranks))
+
+
+@check("G3.7", mutant={"plans": "largest"})
+def flexsp(*, ranks: int = 8, plans: str = "all") -> Finding:
+    """Mixed groups against the best single degree, long-tailed and equal lengths.
+
+    ``plans``: "all" partitions, or only the "largest" group.
+    """
+    gains = {}
+    for sigma in (0.0, 0.5, 1.0, 1.5):
+        found = []
+        for seed in range(3):
+            lengths = drawn(128, sigma, seed)
+            degrees = [2**i for i in range(ranks.bit_length())]
+            static = min(shared(lengths, [d] * (ranks // d)) for d in degrees)
+            choice = partitions(ranks) if plans == "all" else [(ranks,)]
+            found.append(static / min(shared(lengths, groups) for groups in choice))
+        gains[sigma] = float(np.mean(found))
+    never = min(gains.values()) >= 1 - 1e-12
+    return Finding(
+        never and abs(gains[0.0] - 1) < 0.01 and max(gains.values()) <= 1.98 * 1.25,
+        ", ".join(f"{g:.2f}x at sigma {s:g}" for s, g in gains.items()),
+        "every single degree is one of the plans; only a long tail needs different ones"
+        if never
+        else "a fixed group pays its exchanges for short sequences too",
+        ("128 log-normal sequences around 2048 tokens per step", "8 ranks; 7B on A100 at half of its"
+         " peak; a rank holds 16384 tokens", "solving is overlapped with the step before"),
+    )  # fmt: skip
+
+
+@check("G3.8", mutant={"nic": 1e15})
+def bytescale(*, ranks: int = 256, nic: float = NIC_RATE) -> Finding:
+    """Ranks per sequence against one degree for all, as the tail of lengths grows heavier.
+
+    ``nic``: bytes per second between nodes; a free link leaves nothing to save.
+    """
+    longest = 2.0**21
+    static_degree = int(longest / ROOM)
+    ratios = []
+    for share in (0.5, 0.1, 0.02, 0.004, 0.0005):
+        random = np.random.default_rng(8)
+        lengths = [longest] + np.where(
+            random.random(2000) < share, 131072.0, random.uniform(256, 4096, 2000)
+        ).tolist()
+        groups = ranks // static_degree
+        ends = [0.0] * groups
+        for length in sorted(lengths, reverse=True):
+            heapq.heapreplace(ends, ends[0] + seconds(length, static_degree, nic))
+        dynamic = max(
+            sum(
+                seconds(x, d, nic) * d
+                for x in lengths
+                for d in [2 ** max(0, math.ceil(math.log2(x / ROOM)))]
+            )
+            / ranks,
+            seconds(longest, ranks, nic),
+        )
+        ratios.append(max(ends) / dynamic)
+    rises = all(a < b for a, b in itertools.pairwise(ratios))
+    return Finding(
+        rises and max(ratios) >= 7.89,
+        f"{', '.join(f'{r:.2f}' for r in ratios)} as long sequences fall from 50 % to 0.05 %",
+        "short sequences pay all-to-alls over the degree that the longest one needs"
+        if max(ratios) >= 7.89
+        else "the maximum is not reached: padding and imbalance inside a static batch are missing",
+        ("256 ranks, longest 2M tokens, others 256 to 4096 or 128K", "7B on A100 at half of its "
+         "peak"),
+    )  # fmt: skip
+
+
+@check("G3.9", mutant={"split": False})
+def zeppelin(*, ranks: int = 32, split: bool = True) -> Finding:
+    """Load of long sequences split by level and short ones kept local, and the mean gain."""
+    loads, gains, shares = [], [], []
+    for sigma in (0.8, 1.2, 1.6):
+        for seed in range(3):
+            lengths = drawn(256, sigma, seed, ROOM * ranks / 2)
+            total = sum(work_flops(x) for x in lengths)
+            load = [0.0] * ranks
+            remap = 0.0
+            for length in lengths:
+                degree = 1
+                while split and work_flops(length) / degree > total / ranks / 4 and degree < ranks:
+                    degree *= 2
+                chosen = np.argsort(load)[:degree]
+                for r in chosen:
+                    load[r] += work_flops(length) / degree
+                remap += length * WIDTH * 2 * (degree > 1)
+            loads.append(max(load) / (total / ranks))
+            mine = max(load) / RATE + 2 * remap / ranks / NIC_RATE
+            shares.append(2 * remap / ranks / NIC_RATE / mine)
+            theirs = sum(seconds(x, ranks) for x in lengths)
+            gains.append(theirs / mine)
+    mean = float(np.mean(gains))
+    return Finding(
+        max(loads) < 1.1 and min(gains) <= 2.80 <= max(gains),
+        f"busiest rank {min(loads):.3f} to {max(loads):.3f} of the mean; {min(gains):.2f}x to "
+        f"{max(gains):.2f}x (mean {mean:.2f}) over one context-parallel group; remapping "
+        f"{max(shares):.1%} of a step",
+        "a sequence is split until no part exceeds a quarter of a rank's share"
+        if max(loads) < 1.1
+        and min(gains) <= 2.80 <= max(gains)
+        else "too little gained: what short pieces cost the baseline's kernels and its uneven use of"
+        " NICs are not modelled",
+        ("256 log-normal sequences on 32 ranks", "the layout between attention and linear parts is "
+         "remapped over the network and charged"),
+    )  # fmt: skip
+
+
+@check("G3.10", mutant={"task": 1e9})
+def attention_servers(*, ranks: int = 64, task: float = 2048.0) -> Finding:
+    """Attention cut into tasks of equal rows and packed on servers against packed documents.
+
+    ``task``: query rows of a task; the mutant never cuts a document.
+    """
+    bounds, gains, left = [], [], []
+    for sigma in (0.6, 1.0, 1.4):
+        for seed in range(3):
+            lengths = drawn(ranks * 24, sigma, seed, 131072.0)
+            linear = [0.0] * ranks
+            baseline = [0.0] * ranks
+            for length in lengths:  # documents packed by tokens, as a packed batch is
+                r = int(np.argmin(linear))
+                linear[r] += length
+                baseline[r] += length**2 / 2
+            tasks = []
+            for length in lengths:
+                for start in np.arange(0, length, task):
+                    rows = min(task, length - start)
+                    tasks.append(rows * (start + rows / 2))
+            ends = [0.0] * ranks
+            for one in sorted(tasks, reverse=True):
+                heapq.heapreplace(ends, ends[0] + one)
+            mean = sum(ends) / ranks
+            left.append((max(ends) - mean) / max(tasks))
+            dense = 6 * parameter_count(load_model(MODEL)) / (12 * LAYERS * WIDTH)
+            before = max(t * dense + a for t, a in zip(linear, baseline, strict=True))
+            after = max(linear) * dense + max(ends)
+            gains.append(before / after)
+            bounds.append(max(baseline) / mean)
+    bounded = all(1 <= g <= b for g, b in zip(gains, bounds, strict=True))
+    small = max(left) <= 1 and max(gains) >= 1.2
+    reached = max(gains) >= 1.35
+    return Finding(
+        bounded and small and reached,
+        f"gain {min(gains):.2f}x to {max(gains):.2f}x, stragglers {min(bounds):.2f} to "
+        f"{max(bounds):.2f}; at most {max(left):.2f} of a task above the mean",
+        "attention has no weights, so any server can take any rows; transfers hide behind the other"
+        " microbatch"
+        if small
+        else "whole documents cannot be balanced",
+        ("64 ranks, log-normal documents packed to equal tokens, 7B", "tasks of 2048 rows"),
+    )
+
+
+def tiles(seen: np.ndarray, side: int) -> int:
+    """Return how many tiles of a mask have anything to compute."""
+    rows = seen.shape[0] // side
+    return int(seen.reshape(rows, side, -1, side).any((1, 3)).sum())
+
+
+@check("G3.11", mutant={"shift": 1})
+def attention_grid(*, shift: int = 0) -> Finding:
+    """Masks x layouts x ranks: executed pairs of each rank are its unmasked area.
+
+    ``shift``: by how many positions the predicted diagonal is off.
+    """
+    need_torch()
+    import torch
+
+    from backends.references.attention import LAYOUTS, ring
+    from backends.references.wire import Wire
+
+    cells, same, loads = 0, True, {}
+    for tokens, ranks in itertools.product((16, 32), (2, 4)):
+        q, k, v = tensors(4, 4, tokens)
+        for layout, causal in itertools.product(LAYOUTS, (False, True)):
+            _, pairs = ring(q, k, v, Wire(ranks), layout=layout, causal=causal)
+            at = torch.arange(tokens)
+            seen = at[:, None] + shift >= at[None] if causal else torch.ones(tokens, tokens) > 0
+            areas = [int(seen[place].sum()) for place in LAYOUTS[layout](tokens, ranks)]
+            same &= [sum(p) for p in pairs] == areas
+            same &= gradients_agree(
+                lambda a, b, c, r=ranks, n=layout, m=causal: ring(
+                    a, b, c, Wire(r), layout=n, causal=m
+                )[0],
+                q, k, v, causal,
+            )  # fmt: skip
+            if causal and ranks == 4:
+                loads[layout] = max(areas) / (sum(areas) / ranks)
+            cells += 1
+    at = np.arange(4096)
+    causal_mask = at[:, None] >= at
+    window = causal_mask & (at[:, None] - at < 512)
+    documents = causal_mask & (at[:, None] // 1024 == at // 1024)
+    near = [
+        tiles(mask, 64) * 64**2 / mask.sum() for mask in (causal_mask, window, documents)
+    ]
+    return Finding(
+        same and max(near) < 1.15,
+        f"{cells} cells; busiest rank "
+        + ", ".join(f"{name} {load:.2f}" for name, load in loads.items())
+        + f"; tiles hold {', '.join(f'{n:.2f}' for n in near)} times the unmasked pairs",
+        "a rank computes what its queries see; a kernel skips empty tiles",
+        ("causal, full; causal, window and document masks of 4096 tokens in tiles of 64", ON_CPU),
+        "cpu",
+    )
+
+
+@check("G3.12", mutant={"keep_logits": True})
+def long_vita(*, gpus: int = 8, keep_logits: bool = False) -> Finding:
+    """Longest prefill on one node with context parallelism and without the S x V logits."""
+    need_torch()
+    import torch
+
+    memory = 0.9 * load_chip("h100-sxm-80gb").hbm.size_bytes
+    model = load_model("qwen2.5-14b")
+    weights = 2 * parameter_count(model)
+    kv = 4 * model.layers * model.kv_heads * model.head_dim
+    layer = 2 * (2 * model.hidden + 3 * model.ffn + 4 * model.hidden)
+
+    def fits(tokens: float, logits: bool, cp: int, tp: int) -> bool:
+        each = kv / tp + layer / tp + (6 * model.vocab / tp if logits else 0)
+        return bool(weights / tp + tokens / cp * each <= memory)
+
+    before = largest(lambda s: fits(s, True, 1, gpus))
+    after = largest(lambda s: fits(s, keep_logits, 1, gpus))
+    split = largest(lambda s: fits(s, keep_logits, 2, gpus // 2))
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 8, generator=random, dtype=torch.float64)
+    head = torch.randn(11, 8, generator=random, dtype=torch.float64)
+    same = torch.allclose((hidden @ head.mT)[-1], hidden[-1] @ head.mT)
+    longest = max(after, split)
+    long_flops = model_flops_per_token(model, 131072)
+    return Finding(
+        same and longest / before >= 4,
+        f"{before / 1e3:.0f}K tokens with logits, {after / 1e3:.0f}K without, {split / 1e3:.0f}K over "
+        f"2 x {gpus // 2} context and tensor ranks: {longest / before:.1f}x",
+        "a prefill needs the last row of logits alone"
+        if longest / before >= 4
+        else "what is saved per token is under four times: logits gathered over tensor ranks and a "
+        "baseline's fragmentation are not modelled",
+        ("Qwen2.5-14B in bf16 on 8 H100, logits in bf16 and fp32", f"{long_flops / 1e9:.0f} GFLOP per"
+         " token at 128K", ON_CPU),
+        "cpu",
+    )  # fmt: skip

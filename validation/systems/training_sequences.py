@@ -1,0 +1,428 @@
+"""Checks of sequence parallelism of softmax attention: rings, all-to-alls, meshes, axes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+
+import numpy as np
+
+from hwmodels.catalogue import load_chip, load_link, make_cluster
+from hwmodels.families.family import matrix_peak
+from simcore.catalogue import load_model
+from simcore.models import parameter_count
+from simcore.strategy import ParallelStrategy
+from simcore.workloads import TrainStep
+from validation.systems.frame import Finding, check, need_torch
+from validation.systems.training_machine import exchange_seconds, layer_seconds, step, utilisation
+
+ON_CPU = "executed in float64 on the CPU; ranks in one process exchange their blocks"
+A800_NODES = make_cluster("a800-sxm-80gb", 8, 2)
+TOLERANCE = 0.10  # of a utilisation whose setting is given, but not how it was counted
+
+
+def tensors(heads: int = 4, kv_heads: int = 4, tokens: int = 16, width: int = 4):  # type: ignore[no-untyped-def]
+    """Return random queries, keys and values in float64."""
+    import torch
+
+    random = torch.Generator().manual_seed(2)
+    return tuple(
+        torch.randn(2, h, tokens, width, generator=random, dtype=torch.float64)
+        for h in (heads, kv_heads, kv_heads)
+    )
+
+
+def gradients_agree(run, q, k, v, causal: bool) -> bool:  # type: ignore[no-untyped-def]
+    """Whether an algorithm's output and gradients are those of dense attention."""
+    import torch
+
+    from backends.references.attention import dense
+
+    found = []
+    for function in (run, lambda a, b, c: dense(a, b, c, causal)):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = function(*leaves)
+        grads = torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
+        found.append((out.detach(), *grads))
+    return all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(*found, strict=True))
+
+
+# ------------------------------------------------------------------ G3.1
+
+
+def bert_bytes(batch: float, tokens: float, layers: int, width: int, heads: int, ranks: int,
+               how: str) -> float:  # fmt: skip
+    """Return a rank's bytes of a BERT in single precision with Adam, by Korthikanti's counting.
+
+    Per token and layer: 18 h bytes that tensor parallelism replicates, 48 h that it divides, and
+    9 bytes per score. Sequence parallelism divides all, and replicates the weights.
+    """
+    params = layers * 12 * width**2 + 30522 * width
+    scores = 9 * heads * tokens
+    if how == "sequence":
+        return 16 * params + batch * tokens * layers * (66 * width + scores) / ranks
+    return 16 * params / ranks + batch * tokens * layers * (
+        18 * width + (48 * width + scores) / ranks
+    )
+
+
+def largest(fits, start: float = 1.0) -> float:  # type: ignore[no-untyped-def]
+    """Return the largest value that fits, by doubling and bisection."""
+    if not fits(start):
+        return 0.0
+    low, high = start, 2 * start
+    while fits(high):
+        low, high = high, 2 * high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@check("G3.1", mutant={"replicated_scores": 64.0})
+def ring_sequence_parallelism(*, ranks: int = 64, replicated_scores: float = 1.0) -> Finding:
+    """Largest batch and length of sequence over tensor parallelism on 64 P100, and ring outputs.
+
+    ``replicated_scores``: by how much the sequence ranks' activations are multiplied.
+    """
+    need_torch()
+    from backends.references.attention import ring
+    from backends.references.wire import Wire
+
+    memory = 0.9 * load_chip("p100").hbm.size_bytes
+    batches, lengths = [], []
+    for layers, width, heads in ((12, 768, 12), (24, 1024, 16)):
+        for fixed in (128, 256, 512, 1024):
+
+            def room(batch: float, tokens: float, how: str, shape=(layers, width, heads)) -> bool:  # type: ignore[no-untyped-def]
+                degree = ranks / replicated_scores if how == "sequence" else shape[2]
+                return bert_bytes(batch, tokens, *shape, degree, how) <= memory  # type: ignore[arg-type]
+
+            batch = [largest(lambda b, h=h: room(b, fixed, h)) for h in ("sequence", "tensor")]
+            batches.append(batch[0] / batch[1])
+            length = [largest(lambda s, h=h: room(64, s, h)) for h in ("sequence", "tensor")]
+            lengths.append(length[0] / length[1] if length[1] else math.inf)
+    wire = Wire(4)
+    same = gradients_agree(
+        lambda q, k, v: ring(q, k, v, wire, layout="contiguous", causal=False)[0], *tensors(), False
+    )
+    return Finding(
+        same
+        and max(batches) >= 13.7
+        and max(lengths) >= 3.0,
+        f"batch {min(batches):.1f}x to {max(batches):.1f}x, length {min(lengths):.1f}x to "
+        f"{max(lengths):.1f}x",
+        "tensor ranks are at most the heads and replicate norms and residuals; sequence ranks split"
+        " everything but the weights",
+        ("BERT-base and -large, batch at 128 to 1024 tokens, length at batch 64", "tensor degree = "
+         "heads", "single precision, Adam, 10 % of memory in reserve", ON_CPU),
+        "cpu",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ G3.2, G3.3
+
+
+@check("G3.2", mutant={"tokens_grow": 4})
+def ulysses(*, tokens_grow: int = 2) -> Finding:
+    """Bytes counted as tokens and ranks double together; more ranks than heads are refused."""
+    need_torch()
+    from backends.references.attention import mesh
+    from backends.references.wire import Wire
+
+    sent, exact = [], True
+    for i in range(3):
+        ranks, tokens = 2 * 2**i, 16 * tokens_grow**i
+        q, k, v = tensors(8, 8, tokens)
+        wire = Wire(ranks)
+        mesh(q, k, v, wire, ulysses=ranks, causal=True)
+        shard = q.numel() * 8 / ranks
+        exact &= set(wire.sent_bytes) == {int(4 * shard * (ranks - 1) / ranks)}
+        sent.append(wire.sent_bytes[0] / (ranks - 1) * ranks)
+    same = gradients_agree(
+        lambda q, k, v: mesh(q, k, v, Wire(4), ulysses=4, causal=True), *tensors(), True
+    )
+    try:
+        mesh(*tensors(heads=4, kv_heads=4), Wire(8), ulysses=8, causal=True)
+        refused = False
+    except ValueError:
+        refused = True
+    return Finding(
+        same and exact and refused and len(set(sent)) == 1,
+        f"{[int(s) for s in sent]} bytes per rank and (P-1)/P with ranks doubled twice; 8 ranks for "
+        f"4 heads {'refused' if refused else 'taken'}",
+        "four all-to-alls of a rank's S h / P elements"
+        if len(set(sent)) == 1
+        else "the shard of a rank grows with its tokens",
+        (ON_CPU,),
+        "cpu",
+    )
+
+
+def mesh_seconds(tokens: int, ulysses_ranks: int, link_share: float = 1.0) -> float:
+    """Return a training step of Llama-3-8B over 16 A800 on a mesh of all-to-alls and rings.
+
+    All-to-alls are exposed, ring hops hide behind their block's attention, ZeRO-3's gathers and
+    sums behind the layers.
+    """
+    ranks, cluster = 16, A800_NODES
+    found = layer_seconds("llama-3-8b", "a800-sxm-80gb", tokens)
+    ring = ranks // ulysses_ranks
+    shard = tokens / ranks
+    moved = shard * (4096 * 2 + 1024 * 2) * 2  # q, out and the 8 heads of k, v
+    spread = exchange_seconds("all_to_all", moved, ulysses_ranks, cluster) / link_share
+    hop_bytes = shard * ulysses_ranks * 2 * 1024 / ulysses_ranks * 2
+    rate = cluster.scale_out.bytes_per_s if ring > 1 else cluster.scale_up.bytes_per_s
+    hop = hop_bytes / (rate * link_share)
+    forward = ring * max(found.attention_forward / ranks / ring, hop) if ring > 1 else (
+        found.attention_forward / ranks
+    )  # fmt: skip
+    backward = ring * max(found.attention_backward / ranks / ring, 2 * hop) if ring > 1 else (
+        found.attention_backward / ranks
+    )  # fmt: skip
+    linear = (found.linear_forward + found.linear_backward) / ranks
+    weights = 218e6 * 2  # of a layer, gathered twice and summed once
+    zero = 3 * exchange_seconds("all_gather", weights, ranks, cluster) / link_share
+    layer = max(forward + backward + linear, zero) + 2 * spread
+    again = recomputed_share(tokens, ranks) * (forward + found.linear_forward / ranks + spread)
+    return 32 * (layer + again) + found.head / ranks
+
+
+@cache
+def recomputed_share(tokens: int, ranks: int) -> float:
+    """Return the share of layers of Llama-3-8B that have to recompute to fit an 80 GB device.
+
+    Bytes of activations come from the lowered step over a rank's tokens, with and without.
+    """
+    model, cluster = load_model("llama-3-8b"), make_cluster("a800-sxm-80gb", 1)
+    work = TrainStep(1, tokens // ranks)
+    need = [
+        step(model, cluster, ParallelStrategy(recompute=how), work)["peak_memory_parts_bytes"][
+            "activations"
+        ]
+        for how in ("none", "full")
+    ]
+    room = 0.9 * cluster.chip.hbm.size_bytes - 16 * parameter_count(model) / ranks
+    return float(np.clip((need[0] - room) / (need[0] - need[1]), 0, 1))
+
+
+@check("G3.3", mutant={"link_share": 1e-3})
+def usp(*, tokens: int = 208 * 1024, link_share: float = 1.0, published: float = 0.86) -> Finding:
+    """The best mesh's utilisation with dense counting, and the mesh against dense attention.
+
+    ``link_share``: of the bandwidth of every link.
+    """
+    need_torch()
+    from backends.references.attention import mesh
+    from backends.references.wire import Wire
+
+    peak = matrix_peak(load_chip("a800-sxm-80gb"), "bf16")
+    times = {u: mesh_seconds(tokens, u, link_share) for u in (1, 2, 4, 8)}
+    best = min(times, key=lambda u: times[u])
+    dense = utilisation("llama-3-8b", tokens, tokens, times[best], 16, peak, causal=False)
+    causal = utilisation("llama-3-8b", tokens, tokens, times[best], 16, peak, causal=True)
+    same = all(
+        gradients_agree(
+            lambda q, k, v, u=u: mesh(q, k, v, Wire(4), ulysses=u, causal=True), *tensors(8, 4), True
+        )
+        for u in (1, 2, 4)
+    )
+    return Finding(
+        same and abs(dense / published - 1) <= TOLERANCE,
+        f"{dense:.3f} counted dense, {causal:.3f} causal, on {best} x {16 // best} (all-to-all x "
+        "ring)",
+        "kernels by their curves at 208K tokens; only all-to-alls are exposed"
+        if abs(dense / published - 1) <= TOLERANCE
+        else "off: gaps between a ring's steps, kernels slowed by exchanges beside them and clocks "
+        "under load are not modelled",
+        ("6 N + 12 L h s per token over 312 TFLOP/s; 208K = 208 x 1024", "ranks balanced (zigzag)",
+         f"ZeRO-3, one sequence; {recomputed_share(tokens, 16):.0%} of the layers recompute to fit", f"within {TOLERANCE:.0%}", ON_CPU),
+        "cpu",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ G3.4, G3.5
+
+
+def token_ring_step(ranks: int, kv_share: float, rate: float, flops_per_s: float,
+                    tokens: int = 65536, width: int = 4096) -> dict[str, float]:  # fmt: skip
+    """Return a step's seconds: compute, one-way ring, and both directions of TokenRing."""
+    shard = tokens / ranks
+    compute = 4 * shard**2 * width / flops_per_s
+    wide = shard * width * 2 / rate
+    return {
+        "compute": compute,
+        "ring": max(compute, 2 * wide * kv_share),
+        "duplex": max(compute, wide),  # queries one way, outputs the other
+        "bytes": 2 * wide,
+    }
+
+
+@check("G3.4", mutant={"duplex_share": 0.4})
+def token_ring(*, duplex_share: float = 1.0) -> Finding:
+    """Queries and outputs both ways against keys one way: equal heads, and shared ones.
+
+    ``duplex_share``: of the rate that each direction keeps while both are used.
+    """
+    need_torch()
+    from backends.references.attention import token_ring as executed
+    from backends.references.wire import Wire
+
+    same = gradients_agree(
+        lambda q, k, v: executed(q, k, v, Wire(4), causal=True), *tensors(4, 2), True
+    )
+    found, order, law = {}, True, True
+    flops = 0.5 * matrix_peak(load_chip("a100-sxm-80gb"), "bf16")
+    for link in ("nvlink3", "pcie4x16", "ib-hdr-200"):
+        rate = load_link(link).bytes_per_s
+        crossing, before = 0, None
+        for ranks in (2, 4, 8, 16, 32, 64, 128):
+            here = token_ring_step(ranks, 1.0, rate, flops)
+            here["duplex"] = max(here["compute"], here["bytes"] / 2 / duplex_share)
+            order &= here["duplex"] <= here["ring"]
+            if here["bytes"] < here["compute"]:
+                order &= here["duplex"] == here["ring"]
+            elif not crossing:
+                crossing = ranks
+            if before is not None:
+                law &= math.isclose(before["compute"] / here["compute"], 4)
+                law &= math.isclose(before["bytes"] / here["bytes"], 2)
+            before = here
+        found[link] = crossing
+    shared = token_ring_step(128, 1 / 8, load_link("ib-hdr-200").bytes_per_s, flops)
+    loses = shared["duplex"] > shared["ring"]
+    return Finding(
+        same and order and law and loses,
+        "one-way ring exposed from "
+        + ", ".join(f"P = {p or '>128'} on {name}" for name, p in found.items())
+        + f"; with 8 queries per key TokenRing takes {shared['duplex'] / shared['ring']:.1f}x",
+        "both directions at once carry queries and outputs; shared keys are fewer bytes"
+        if order
+        else "two directions that share the link's rate lose",
+        ("65536 tokens of width 4096 on A100 at half of its peak", ON_CPU),
+        "cpu",
+    )
+
+
+@check("G3.5", mutant={"gathers_per_layer": 7.0})
+def lightseq(*, gathers_per_layer: float = 14.0) -> Finding:
+    """Volumes per layer counted on the ranks, and the step's speedup over Megatron-LM.
+
+    ``gathers_per_layer`` of Megatron-LM with full recomputation, in S h elements: 4 forward, 4
+    again, 4 backward and 2 gathers of the inputs for weight gradients.
+    """
+    need_torch()
+    from backends.references.attention import LAYOUTS, mask_of, ring
+    from backends.references.wire import Wire
+
+    ranks, tokens = 8, 64
+    q, k, v = tensors(4, 4, tokens)
+    same = gradients_agree(
+        lambda a, b, c: ring(a, b, c, Wire(ranks), layout="contiguous", causal=True)[0],
+        q, k, v, True,
+    )  # fmt: skip
+    places = LAYOUTS["contiguous"](tokens, ranks)
+    needed = sum(
+        bool(mask_of(places[r], places[o], True).any()) for r in range(ranks) for o in range(r)
+    )
+    fetched = needed * 2 / ranks / ranks  # of k and v, per rank, in S h; backward once more, and back
+    volume = 3 * fetched / ((ranks - 1) / ranks)
+    speedups = []
+    cluster = make_cluster("a100-sxm-80gb", 8, 2)
+    for length in (32768, 65536, 131072, 262144, 524288):
+        found = layer_seconds("llama-2-7b", "a100-sxm-80gb", length)
+        compute = found.both / 16
+        again = (found.attention_forward + found.linear_forward) / 16
+        whole = length * 4096 * 2
+        gather = exchange_seconds("all_gather", whole, 16, cluster)
+        theirs = compute + again + gathers_per_layer * gather
+        hidden = 3 * whole / 2 / cluster.scale_out.bytes_per_s / 16 * 2
+        mine = max(compute, hidden) + found.linear_forward / 16
+        speedups.append(theirs / mine)
+    ratio = gathers_per_layer / volume
+    inside = min(speedups) >= 1.24 and max(speedups) < 2.015
+    return Finding(
+        same and abs(ratio - 4.7) < 0.05 and inside,
+        f"{gathers_per_layer:g} S h against {volume:.2f}: {ratio:.2f}x; faster by "
+        f"{', '.join(f'{s:.3f}' for s in speedups)} at 32K to 512K",
+        "a causal rank fetches only earlier keys; saved outputs spare the recomputed attention"
+        if inside
+        else "a speedup leaves the published range: Megatron-LM's overlap is not modelled",
+        ("Llama-2-7B on 2 nodes of 8 A100, volumes per rank over (P-1)/P", ON_CPU),
+        "cpu",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ G3.6
+
+
+def axis_plan(needs: list[set[int]], axes: int) -> int:
+    """Return the fewest switches of the sharded axis, by shortest path.
+
+    ``needs[i]``: axes along which stage i works, which therefore cannot be sharded there.
+    """
+    cost = dict.fromkeys(range(axes), 0.0)
+    for used in needs:
+        cost = {
+            a: min(cost[b] + (a != b) for b in cost) if a not in used else math.inf for a in cost
+        }
+    return int(min(cost.values()))
+
+
+@check("G3.6", mutant={"switches_per_pair": 4})
+def dynamic_axes(*, switches_per_pair: int = 2) -> Finding:
+    """Switching the sharded axis of a spatio-temporal network: outputs, bytes and plans."""
+    need_torch()
+    import torch
+
+    from backends.references.attention import dense
+    from backends.references.wire import Wire
+
+    ranks, shape = 4, (4, 8, 8, 6)  # heads, frames, places, width
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def spatial(t: torch.Tensor) -> torch.Tensor:
+        y = t.transpose(0, 1)
+        return dense(y, y, y, False).transpose(0, 1)
+
+    def temporal(t: torch.Tensor) -> torch.Tensor:
+        y = t.permute(2, 0, 1, 3)
+        return dense(y, y, y, False).permute(1, 2, 0, 3)
+
+    wire = Wire(ranks)
+    shards = [spatial(t) for t in x.chunk(ranks, 1)]  # frames sharded, places whole
+    for old, new, work in ((1, 2, temporal), (2, 1, None)):
+        got = wire.all_to_all([list(t.chunk(ranks, new)) for t in shards], range(ranks))
+        shards = [torch.cat(parts, old) for parts in got]
+        shards = [work(t) for t in shards] if work else shards
+    same = torch.allclose(torch.cat(shards, 1), temporal(spatial(x)), atol=1e-10)
+    whole = x.numel() * 8
+    mine = sum(wire.sent_bytes) / ranks * switches_per_pair / 2
+    inner = whole / ranks * (ranks - 1) / ranks
+    ratios = {
+        "Ulysses": mine / (2 * 4 * inner),
+        "ring": mine / (2 * 2 * whole * (ranks - 1) / ranks),
+        "Megatron-LM": mine / (2 * 4 * whole * (ranks - 1) / ranks),
+    }
+    random = np.random.default_rng(6)
+    plans = True
+    for _ in range(30):
+        needs = [{int(a)} for a in random.integers(0, 3, 6)]
+        brute = min(
+            (
+                sum(a != b for a, b in itertools.pairwise(path))
+                for path in itertools.product(range(3), repeat=6)
+                if all(a not in used for a, used in zip(path, needs, strict=True))
+            ),
+        )
+        plans &= axis_plan(needs, 3) == brute
+    return Finding(
+        same and plans and max(ratios.values()) <= 0.25,
+        ", ".join(f"{r:.3f} of {name}" for name, r in ratios.items()) + "'s volume",
+        "two all-to-alls per spatial and temporal pair; embedded methods exchange inside each"
+        " attention",
+        ("4 ranks", "an embedded all-to-all exchanges q, k, v and the output in both attentions",
+         ON_CPU),
+        "cpu",
+    )  # fmt: skip
