@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends.moe_ops import MOE_OPS
 from simcore.ops import Op
 
 TORCH_DTYPES = {
@@ -533,4 +534,5 @@ OPS: dict[str, TorchOp] = {
     "sample": _sample,
     "adam": _adam,
     "fill": _fill,
+    **MOE_OPS,
 }

@@ -116,6 +116,13 @@ class Distributed:
         self._record("reduce_scatter", group, tensor)
         return _started(_scatter_name()(out, tensor, group=self.groups[group], async_op=True))
 
+    def all_to_all(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+        """Send part i along dim 0 to member i; fill ``out`` with the parts for this rank."""
+        self._record("all_to_all", group, tensor)
+        return _started(
+            dist.all_to_all_single(out, tensor, group=self.groups[group], async_op=True)
+        )
+
     def _peer(self, group: str, step: int) -> int:
         ranks = group_ranks(self.mesh, group, self.rank)
         return ranks[ranks.index(self.rank) + step]
@@ -164,6 +171,12 @@ class Local:
         """Sum the parts of the own tensor."""
         self._record("reduce_scatter", group, tensor)
         torch.sum(tensor.view(axis_degree(self.mesh, group), *out.shape), 0, out=out)
+        return Done()
+
+    def all_to_all(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+        """Copy every part: the ranks' parts are alike in size."""
+        self._record("all_to_all", group, tensor)
+        out.copy_(tensor)
         return Done()
 
     def send(self, tensor: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:

@@ -26,6 +26,8 @@ class ParallelStrategy:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int = 0  # 0: tp, or 1 where tensor ranks hold tokens of their own (sequence_parallel)
+    capacity_factor: float = 0.0  # 0: every chosen row is kept where ep is 1, else 1.0
     microbatch: int = 1
     schedule: str = "1f1b"
     virtual_stages: int = 1
