@@ -15,7 +15,7 @@ from simcore.adjoints import Tape, backward
 from simcore.dtypes import DTYPE_BYTES
 from simcore.errors import InputError, unknown
 from simcore.models import ModelSpec, is_moe_layer
-from simcore.moe import EXPERTS, LAYER, ExpertGrid, check_experts, moe_block
+from simcore.moe import EXPERTS, LAYER, ExpertGrid, moe_block
 from simcore.network import (
     TRAINABLE,
     Rows,
@@ -28,7 +28,13 @@ from simcore.network import (
 from simcore.ops import Buffer, Op, Size
 from simcore.program import Action, Block, Call, Program
 from simcore.schedules import SCHEDULES
-from simcore.strategy import MESH_AXES, ParallelStrategy, microbatches, stage_layers
+from simcore.strategy import (
+    MESH_AXES,
+    ParallelStrategy,
+    check_experts,
+    microbatches,
+    stage_layers,
+)
 from simcore.workloads import Generation, TrainStep
 
 UNITS = ("embed", "layer", LAYER, "head")
@@ -535,12 +541,12 @@ def lower_pass(
     ``new`` and ``cached`` may be arrays (one value per pass) when the program is only priced.
     """
     check_lowerable(model, int(np.max(new + cached)))
-    check_experts(model, parallel)
     if model.compute_dtype not in DTYPE_BYTES:
         raise unknown("dtype", model.compute_dtype, DTYPE_BYTES)
     rows = Rows(batch // parallel.dp, new, cached, keep_cache=True)
     tp = TensorParallel(parallel.tp, False)
     plain = replace(parallel, zero_stage=0, sequence_parallel=False)
+    check_experts(model, plain)
     alone = Sharding(0, "", 1)
     low = _Lowering(model, plain, alone, alone, False, "fp32", "adam")
     _forward_blocks(low, tp, rows, 0)

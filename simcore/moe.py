@@ -20,12 +20,11 @@ from functools import partial
 
 import numpy as np
 
-from simcore.errors import InputError
 from simcore.models import ModelSpec, shared_width
 from simcore.network import Builder, Rows, TensorParallel, _linear, layer_block
 from simcore.ops import Buffer, Op, Size
 from simcore.program import fold
-from simcore.strategy import ParallelStrategy
+from simcore.strategy import ParallelStrategy, default_etp
 
 LAYER, EXPERTS = "moe", "experts"  # units: what all data-parallel ranks hold, and the experts
 
@@ -44,7 +43,7 @@ class ExpertGrid:
 
     @classmethod
     def of(cls, parallel: ParallelStrategy) -> ExpertGrid:
-        """Return the grid of a strategy, whose ep and etp `check_experts` has accepted."""
+        """Return the grid of a strategy, whose ep and etp `check_experts` accepts."""
         etp = parallel.etp or default_etp(parallel)
         ranks = parallel.dp * parallel.cp * parallel.tp
         factor = parallel.capacity_factor or (1.0 if parallel.ep > 1 else 0.0)
@@ -71,46 +70,6 @@ class ExpertGrid:
         rows = np.ceil(self.capacity_factor * tokens * model.experts_per_token / model.experts)
         least = np.minimum(rows, tokens)
         return int(least) if np.ndim(least) == 0 else least
-
-
-def default_etp(parallel: ParallelStrategy) -> int:
-    """Return how many ranks split an expert: as dense layers, unless tp ranks have own tokens."""
-    return 1 if parallel.sequence_parallel else parallel.tp
-
-
-def check_experts(model: ModelSpec, parallel: ParallelStrategy) -> None:
-    """Raise `InputError` where experts cannot be laid over the ranks."""
-    asked = {"ep": parallel.ep > 1, "etp": parallel.etp > 1, "capacity_factor": bool(
-        parallel.capacity_factor)}  # fmt: skip
-    if not model.experts:
-        for key, given in asked.items():
-            if given:
-                raise InputError(
-                    f"[parallel].{key} needs a mixture of experts, which model {model.name!r} is "
-                    "not: drop the key."
-                )
-        return
-    etp, ranks = default_etp(parallel), parallel.dp * parallel.cp * parallel.tp
-    if parallel.etp not in (0, etp):
-        raise InputError(
-            f"[parallel].etp = {parallel.etp} is not available with tp {parallel.tp}: experts are "
-            f"split over all tp ranks, or with sequence_parallel over none; set etp = {etp}."
-        )
-    if model.experts % parallel.ep:
-        raise InputError(
-            f"[parallel].ep = {parallel.ep} does not divide the model's {model.experts} experts: "
-            f"ep = {math.gcd(model.experts, parallel.ep)} does."
-        )
-    if ranks % (parallel.ep * etp):
-        raise InputError(
-            f"[parallel].ep = {parallel.ep} x etp {etp} does not divide dp x cp x tp = {ranks}: "
-            f"ep = {math.gcd(ranks // etp, parallel.ep)} does."
-        )
-    if model.moe_ffn % etp or shared_width(model) % parallel.tp:
-        raise InputError(
-            f"tp {parallel.tp} does not divide the width {model.moe_ffn} of an expert or "
-            f"{shared_width(model)} of the shared ones: lower [parallel].tp."
-        )
 
 
 def touched_experts(model: ModelSpec, tokens: Size) -> Size:
@@ -234,7 +193,7 @@ def _route(b: Builder, model: ModelSpec, tp: TensorParallel, x: str, way: _Dispa
     chosen = b.act("chosen", way.tokens, way.top, dtype="int64")
     slots = b.act("slots", way.tokens, way.top, dtype="int64")
     gates = b.act("gates", way.tokens, way.top)
-    writes = (gates, chosen, slots)
+    writes: tuple[str, ...] = (gates, chosen, slots)
     if way.counted:
         writes += (b.act("counts", way.experts, dtype="int64"),)
     attrs = {"top": way.top, "capacity": way.capacity}

@@ -119,7 +119,7 @@ def folded(group: str) -> tuple[int, int] | None:
 
 
 def axis_degree(mesh: Mapping[str, int], group: str) -> int:
-    """Return how many ranks a group has: along an axis, axes joined by ``*``, a fold, or the ends."""
+    """Return a group's ranks: along an axis, axes joined by ``*``, a `fold`, or the ends."""
     if group == ENDS:
         return min(2, mesh["pp"])
     fold_sizes = folded(group)

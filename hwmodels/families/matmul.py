@@ -28,12 +28,12 @@ steps of one 128-byte line per row. Seconds, the least over tile shapes and spli
 
 For a given tile and split every term rises in m, n and k, and so does the least of them.
 
-A shape may add ``groups``, equal products in one launch (the experts of a layer): tiles, bytes
-and energy are then those of all of them. It may add ``out_bytes``, what an element of y moves: 2 as 16 bits (the default), 4 as fp32, 8
-where it is added to an fp32 sum. `LAYOUTS` holds it for the products of a training step. Their
-sizes say the rest: a transposed 16-bit operand costs nothing, as units read either order from
-shared memory (ldmatrix.trans, the major-ness bits of wgmma); an 8-bit one has to be stored
-transposed as well, which belongs to the op that quantises it.
+A shape may add ``groups``, equal products in one launch (the experts of a layer): tiles, bytes and
+energy are those of all of them. It may add ``out_bytes``, what an element of y moves: 2 as 16 bits
+(the default), 4 as fp32, 8 where it is added to an fp32 sum. `LAYOUTS` holds it for the products of
+a training step. Their sizes say the rest: a transposed 16-bit operand costs nothing, as units read
+either order from shared memory (ldmatrix.trans, the major-ness bits of wgmma); an 8-bit one has to
+be stored transposed as well, which belongs to the op that quantises it.
 
 Sources: tiles, waves, split k: NVIDIA, Matrix Multiplication Background User's Guide (2023);
 CUTLASS, Efficient GEMM (2024). 64 bytes a clock: NVIDIA A100 white paper (2020). Asynchronous

@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, Strict, model_validator
 from simcore.errors import InputError
 from simcore.models import ModelSpec
 from simcore.scenario.fields import (
+    Capacity,
     Degree,
     Flag,
     Metric,
@@ -85,9 +86,18 @@ class ParallelTable(Table):
     cp: OneForNow = key_of("Context-parallel degree; only 1 in this version.", 1, unit="ranks")
     cp_ring: OneForNow = key_of("Ring part of cp; only 1 in this version.", 1, unit="ranks")
     cp_ulysses: OneForNow = key_of("Ulysses part of cp; only 1 in this version.", 1, unit="ranks")
-    ep: OneForNow = key_of("Expert-parallel degree; only 1 in this version.", 1, unit="ranks")
-    etp: OneForNow = key_of(
-        "Tensor parallelism of experts; only 1 in this version.", 1, unit="ranks"
+    ep: Degree = key_of(
+        "Ranks that share out the experts of a layer, out of dp x cp x tp.", 1, unit="ranks"
+    )
+    etp: Degree | None = key_of(
+        "Ranks that split each expert: tp, or with sequence_parallel 1, which are the defaults.",
+        None,
+        unit="ranks",
+    )
+    capacity_factor: Capacity | None = key_of(
+        "Rows that an expert takes from a rank, over the even share; more are dropped. By default "
+        "none is dropped where ep is 1, and 1.0 elsewhere.",
+        None,
     )
     microbatch: Degree = key_of("Sequences of one microbatch on one replica.", 1, unit="sequences")
     schedule: Schedule = key_of("Pipeline schedule.", "1f1b")
@@ -123,7 +133,7 @@ class ParallelTable(Table):
 
     def resolve(self, microbatch: int | None) -> ParallelStrategy:
         """Return the strategy, with ``microbatch`` where it is known."""
-        skip = ("strategy", "cp_ring", "cp_ulysses", "etp", "microbatch")
+        skip = ("strategy", "cp_ring", "cp_ulysses", "microbatch")
         values = {key: getattr(self, key) for key in type(self).model_fields if key not in skip}
         return ParallelStrategy(microbatch=microbatch or self.microbatch, **values)
 
