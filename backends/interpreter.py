@@ -170,12 +170,16 @@ class Interpreter:
         if self.local_weights:
             whole = drawn_weights(program, unit, dtype, self.device)
         else:
-            whole = flat_weights(program, unit, layer, self.where["tp"], self.seed, dtype)
+            whole = flat_weights(program, unit, layer, self.index, self.seed, dtype)
         size = int(program.buffers[name].elements)
         if size < whole.numel():
-            gather = program.blocks[f"{unit}.unshard"].ops[0]
-            whole = whole[self.index(gather.group) * size :][:size].clone()
+            whole = whole[self.index(self._gather_group(f"{unit}.w")) * size :][:size].clone()
         return whole.to(self.device)
+
+    def _gather_group(self, name: str) -> str:
+        """Return the group over which the buffer ``name`` is put together."""
+        ops = (op for block in self.program.blocks.values() for op in block.ops)
+        return next(op.group for op in ops if op.kind == "all_gather" and name in op.writes)
 
     # -- access --------------------------------------------------------------------------------
 

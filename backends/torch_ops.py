@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends.moe_ops import MOE_OPS
 from backends.ring_ops import RING_OPS
 from simcore.ops import Op
 
@@ -535,4 +536,5 @@ OPS: dict[str, TorchOp] = {
     "sample": _sample,
     "adam": _adam,
     "fill": _fill,
+    **MOE_OPS,
 }

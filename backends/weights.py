@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +26,10 @@ def dense_weight(
     name: str, layer: int, buffer: Buffer, tp: int, seed: int, dtype: torch.dtype
 ) -> Tensor:
     """Return the whole weight of which ranks hold shards; the same on every rank."""
+    if buffer.experts:
+        each = replace(buffer, dims=buffer.dims[1:], experts=0)
+        names = (f"{name}.{expert}" for expert in range(buffer.experts))
+        return torch.stack([dense_weight(n, layer, each, tp, seed, dtype) for n in names])
     dims = [int(dim) for dim in buffer.dims]
     if buffer.shard_dim == 0:
         dims[0] = sum(buffer.pieces)
@@ -52,6 +58,17 @@ def shard_weight(whole: Tensor, buffer: Buffer, index: int, tp: int) -> Tensor:
     return torch.cat(parts)
 
 
+def local_weight(whole: Tensor, buffer: Buffer, index: Callable[[str], int], tp: int) -> Tensor:
+    """Return what a rank holds of ``whole``; ``index`` gives its place in a group."""
+    if not buffer.experts:
+        return shard_weight(whole, buffer, index("tp"), tp)
+    held, first = int(buffer.dims[0]), 0
+    if buffer.expert_group:
+        first = index(buffer.expert_group) * held
+    mine = whole[first : first + held]
+    return torch.stack([shard_weight(expert, buffer, index("tp"), tp) for expert in mine])
+
+
 def members(program: Program, unit: str) -> dict[str, Buffer]:
     """Return the weights that lie in the unit's flat buffer."""
     return {
@@ -62,14 +79,22 @@ def members(program: Program, unit: str) -> dict[str, Buffer]:
 
 
 def flat_weights(
-    program: Program, unit: str, layer: int, index: int, seed: int, dtype: torch.dtype
+    program: Program,
+    unit: str,
+    layer: int,
+    index: Callable[[str], int],
+    seed: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return a unit's flat weights on tensor rank ``index``, cut from the whole weights."""
+    """Return a rank's flat weights of a unit, cut from the whole ones.
+
+    ``index`` gives the rank's place in a group.
+    """
     flat = torch.zeros(int(program.buffers[f"{unit}.w"].elements), dtype=dtype)
     tp = program.mesh["tp"]
     for name, buffer in members(program, unit).items():
         whole = dense_weight(name, layer, buffer, tp, seed, dtype)
-        place(flat, buffer, shard_weight(whole, buffer, index, tp))
+        place(flat, buffer, local_weight(whole, buffer, index, tp))
     return flat
 
 

@@ -22,7 +22,7 @@ from hwmodels.kernels import KERNELS, as_measured, family, fitted, product_dtype
 from hwmodels.profile import Profile
 from hwmodels.topology import Topology, make_topology, max_min_rates, members_per_node
 from simcore.ops import Op, Size, work
-from simcore.program import axis_degree
+from simcore.program import axis_degree, folded
 
 # log(real / predicted) of prices that rest on no measurement: a factor of 1.5 either way in 80 %.
 DATASHEET_DEVIATION = 0.32
@@ -63,6 +63,8 @@ class ClusterCost:
         if group not in self.layouts:
             if group in ("ends", "mirror"):
                 degree, inner = 2, self.cluster.world // 2
+            elif (sizes := folded(group)) is not None:
+                inner, degree = sizes
             else:
                 degree = axis_degree(self.mesh, group)
                 inner = _inner(self.mesh, group.rsplit("*", maxsplit=1)[-1])
@@ -132,7 +134,7 @@ class ClusterCost:
         """Measured kernels had every rank busy; a rank alone has the memory to itself."""
         if self.profile is None or self.cluster.world > 1:
             return 1.0
-        limit = "compute" if op.kind in ("matmul", *ATTENTION_KINDS) else "memory"
+        limit = "compute" if op.kind in ("matmul", "grouped_matmul", *ATTENTION_KINDS) else "memory"
         return self.profile.alone.get(limit, 1.0)
 
     def issue_seconds(self, op: Op) -> Size:

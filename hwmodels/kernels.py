@@ -47,7 +47,12 @@ FEATURES: dict[str, Callable[[Op], Size]] = {
     "vector": lambda op: work(op).vector_flops,
     # A product of several rows first copies its second operand into the order of its kernel
     # (Goto and van de Geijn 2008, section 4); a matrix-vector product does not.
-    "packed_weights": lambda op: op.dims["n"] * op.dims["k"] * np.where(op.dims["m"] > 1, 4.0, 0.0),
+    "packed_weights": lambda op: (
+        op.dims.get("touched", 1)
+        * op.dims["n"]
+        * op.dims["k"]
+        * np.where(op.dims["m"] > op.dims.get("touched", 1), 4.0, 0.0)
+    ),
     # torch's CPU attention splits queries in blocks of 32, 64 or 256 rows (FlashAttentionKernel):
     # the smaller the block, the more of each product is start-up.
     "flops_per_block": lambda op: work(op).flops / _query_block(op),
@@ -69,6 +74,8 @@ def elements(op: Op) -> Size:
 def family(op: Op) -> str:
     """Return the key of the op's measurements: its kind, and its layout for products."""
     if op.kind == "matmul":
+        return f"matmul.{op.attrs['layout']}"
+    if op.kind == "grouped_matmul":  # the products of its experts, one by one
         return f"matmul.{op.attrs['layout']}"
     if op.kind == "attention" and len(op.reads) > 1:
         return "attention.cached"
@@ -122,6 +129,14 @@ def fitted(op: Op, fit: KernelFit) -> Size:
 def _matmul(op: Op) -> tuple[str, Shape]:
     sizes = {name: op.dims[name] for name in ("m", "n", "k")}
     return "matmul", {**sizes, **LAYOUTS[op.attrs["layout"]]}
+
+
+def _grouped_matmul(op: Op) -> tuple[str, Shape]:
+    """Equal products of the experts that have rows, in one launch."""
+    layout, groups = op.attrs["layout"], op.dims["touched"]
+    m, n, k = op.dims["m"] / groups, op.dims["n"], op.dims["k"]
+    sizes = {"m": n, "n": k, "k": m} if layout == "tn" else {"m": m, "n": n, "k": k}
+    return "matmul", {**sizes, "groups": groups, **LAYOUTS[layout]}
 
 
 def _heads(op: Op) -> Shape:
@@ -178,6 +193,7 @@ def _memory(op: Op) -> tuple[str, Shape]:
 KERNELS: dict[str, Callable[[Op], tuple[str, Shape]]] = {
     **{kind: _memory for kind in WORK if kind not in COMMUNICATION},
     "matmul": _matmul,
+    "grouped_matmul": _grouped_matmul,
     "attention": _attention,
     "attention_backward": _attention_backward,
     "attention_block": _attention,
@@ -188,7 +204,7 @@ KERNELS: dict[str, Callable[[Op], tuple[str, Shape]]] = {
 def product_dtype(op: Op) -> str:
     """Return the format that prices an op: narrower weights are converted to its own on the way."""
     weight = op.attrs.get("weight_dtype", op.dtype)
-    if op.kind == "matmul" and dtype_bytes(weight) < dtype_bytes(op.dtype):
+    if op.kind in ("matmul", "grouped_matmul") and dtype_bytes(weight) < dtype_bytes(op.dtype):
         return f"{weight}_wo"
     return op.dtype
 

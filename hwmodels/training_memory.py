@@ -133,7 +133,9 @@ def peak_bytes(
     (embedding, head). Logits exist on the last pipeline rank.
     """
     copies = rank.dp * rank.cp
-    dense = layers * (layer.dense_parameters / rank.tp) + tables * vocab_rows * layer.hidden / rank.tp
+    dense = (
+        layers * (layer.dense_parameters / rank.tp) + tables * vocab_rows * layer.hidden / rank.tp
+    )
     states = state_bytes(dense, rank, copies)
     share = rank.etp * rank.ep if layer.experts else rank.tp
     replicas = max(1.0, copies * rank.tp / share) if layer.experts else copies

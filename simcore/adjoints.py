@@ -234,6 +234,37 @@ def _alias(op: Op, tape: Tape) -> None:
     )
 
 
+def _grouped_matmul(op: Op, tape: Tape) -> None:
+    (x, weight), counts, dy = op.reads[:2], op.reads[2:], f"d.{op.writes[0]}"
+    turned = {**op.dims, "n": op.dims["k"], "k": op.dims["n"]}
+    tape.contribute(x, op.kind, turned, op.dtype, (dy, weight, *counts), layout="nn")
+    tape.weight(weight, op.kind, op.dims, op.dtype, (dy, x, *counts), layout="tn")
+
+
+def _route(op: Op, tape: Tape) -> None:
+    gates, chosen = op.writes[:2]
+    reads = (f"d.{gates}", gates, chosen)
+    tape.contribute(op.reads[0], "route_backward", op.dims, op.dtype, reads, **op.attrs)
+
+
+def _permute(op: Op, tape: Tape) -> None:
+    reads = (f"d.{op.writes[0]}", op.reads[1])
+    tape.contribute(op.reads[0], "permute_backward", op.dims, op.dtype, reads, **op.attrs)
+
+
+def _combine(op: Op, tape: Tape) -> None:
+    rows, gates, _ = op.reads
+    tape.seed(gates)
+    reads = (f"d.{op.writes[0]}", *op.reads)
+    also = (f"d.{gates}",)
+    tape.contribute(rows, "combine_backward", op.dims, op.dtype, reads, also, **op.attrs)
+
+
+def _swap_blocks(op: Op, tape: Tape) -> None:
+    attrs = {"outer": op.attrs["inner"], "inner": op.attrs["outer"]}
+    tape.contribute(op.reads[0], op.kind, op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs)
+
+
 def _nothing(op: Op, tape: Tape) -> None:
     """The op lies outside the differentiated path."""
 
@@ -256,6 +287,11 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
     "all_to_all": _collective("all_to_all"),
     "softmax_loss": _softmax_loss,
     "softmax_stats": _nothing,
+    "grouped_matmul": _grouped_matmul,
+    "route": _route,
+    "permute": _permute,
+    "combine": _combine,
+    "swap_blocks": _swap_blocks,
     "all_reduce": _all_reduce,
     "all_gather": _collective("reduce_scatter"),
     "reduce_scatter": _collective("all_gather"),

@@ -15,7 +15,8 @@ import numpy as np
 from simcore.adjoints import Tape, backward
 from simcore.dtypes import DTYPE_BYTES
 from simcore.errors import InputError, unknown
-from simcore.models import ModelSpec
+from simcore.models import ModelSpec, is_moe_layer
+from simcore.moe import EXPERTS, LAYER, ExpertGrid, moe_block
 from simcore.network import (
     TRAINABLE,
     Rows,
@@ -30,10 +31,17 @@ from simcore.pipelines.orders import Order, is_split
 from simcore.pipelines.placement import Placement, last_reduces, with_messages
 from simcore.program import MIRROR, Action, Block, Call, Program
 from simcore.schedules import find_schedule
-from simcore.strategy import ParallelStrategy, check_split, microbatches, stage_layers
+from simcore.strategy import (
+    ParallelStrategy,
+    check_experts,
+    check_split,
+    microbatches,
+    stage_layers,
+)
 from simcore.workloads import Generation, TrainStep
 
-UNITS = ("embed", "layer", "head")
+UNITS = ("embed", "layer", LAYER, "head")
+PARTS = {LAYER: (LAYER, EXPERTS)}  # units of which several flat buffers hold the weights
 OPTIMIZER_STATES = {"adam": ("m", "v"), "adamw": ("m", "v")}
 
 
@@ -62,6 +70,19 @@ class Sharding:
         copies = parallel.dp_replicate
         return cls(3, "*".join(inner), degree // copies, "dp_replicate", copies)
 
+    @classmethod
+    def of_experts(cls, parallel: ParallelStrategy) -> Sharding:
+        """Return the sharding of experts, over the ranks that hold copies of the same ones.
+
+        The stage is that of dense weights; where those are sharded within replicas, so are these.
+        """
+        dense, grid = cls.of(parallel), ExpertGrid.of(parallel)
+        replicas = {0: grid.edp, 3: dense.replica_degree}.get(dense.stage, 1)
+        if dense.stage and grid.edp <= replicas:  # no copies within a replica to shard over
+            replicas = 1
+        group, degree, copies, count = grid.copies(replicas)
+        return cls(dense.stage if degree > 1 else 0, group, degree, copies, count)
+
 
 @dataclass(slots=True)
 class _Lowering:
@@ -70,12 +91,17 @@ class _Lowering:
     model: ModelSpec
     parallel: ParallelStrategy
     shards: Sharding
+    expert_shards: Sharding
     sequence: bool
     grads_dtype: str
     optimizer: str
     split: bool = False  # whether some backward comes as input and weight gradients
     buffers: dict[str, Buffer] = field(default_factory=dict)
     blocks: dict[str, tuple[Op, ...]] = field(default_factory=dict)
+
+    def sharding(self, unit: str) -> Sharding:
+        """Return how a unit's weights are split."""
+        return self.expert_shards if unit == EXPERTS else self.shards
 
     def weights_of(self, unit: str) -> list[str]:
         """Return the unit's weights, those whose gradients are summed over tp first, in one run."""
@@ -93,6 +119,8 @@ class _Lowering:
         """
         if np.ndim(self.parallel.tp) == 0 and self.parallel.tp == 1:
             return False
+        if weight.experts:
+            return False
         return weight.partial or (weight.shard_dim < 0 and self.sequence)
 
     def flatten(self, unit: str) -> None:
@@ -102,7 +130,8 @@ class _Lowering:
             return
         offset: Size = 0
         summed: Size = 0
-        stage, layered = self.shards.stage, self.buffers[names[0]].layered
+        shards, layered = self.sharding(unit), self.buffers[names[0]].layered
+        stage = shards.stage
         for name in names:
             buffer = self.buffers[name]
             self.buffers[name] = replace(buffer, base=f"{unit}.w", offset=offset)
@@ -113,7 +142,7 @@ class _Lowering:
             if self._summed(buffer):
                 summed = offset
         dtype = self.buffers[names[0]].dtype
-        padded = -(-offset // self.shards.degree) * self.shards.degree
+        padded = -(-offset // shards.degree) * shards.degree
         whole = "work" if stage == 3 else "weight"
         self.buffers[f"{unit}.w"] = Buffer((padded,), dtype, whole, layered)
         grads = "work" if stage >= 2 else "grad"
@@ -124,10 +153,10 @@ class _Lowering:
             (summed,), self.grads_dtype, "grad", layered, f"{unit}.g"
         )
         if stage:
-            part = (padded // self.shards.degree,)
+            part = (padded // shards.degree,)
             base = f"{unit}.w" if stage < 3 else ""
             self.buffers[f"{unit}.ws"] = Buffer(
-                part, dtype, "weight", layered, base, part=self.shards.axis if base else ""
+                part, dtype, "weight", layered, base, part=shards.axis if base else ""
             )
             self.buffers[f"{unit}.gs"] = Buffer(
                 part, self.grads_dtype, "grad", layered, init="zeros"
@@ -142,24 +171,39 @@ class _Lowering:
 
     def sharding_blocks(self, unit: str) -> None:
         """Add the unit's gathers, gradient clearing, gradient reduction and optimizer."""
+        found: dict[str, list[Op]] = {}
+        for part in PARTS.get(unit, (unit,)):
+            for what, ops in self._sharding_ops(part).items():
+                found.setdefault(what, []).extend(ops)
+        for what, ops in found.items():
+            self.add(f"{unit}.{what}", ops)
+
+    def _sharding_ops(self, unit: str) -> dict[str, list[Op]]:
+        """Return what one flat buffer of weights needs, by the block that it joins."""
         if f"{unit}.w" not in self.buffers:
-            return
-        stage, whole = self.shards.stage, self.buffers[f"{unit}.w"]
+            return {}
+        stage, whole = self.sharding(unit).stage, self.buffers[f"{unit}.w"]
         n, dtype = whole.elements, whole.dtype
         gather = Op(
-            "all_gather", {"n": n}, dtype, (f"{unit}.ws",), (f"{unit}.w",), "dp", self.shards.axis
+            "all_gather",
+            {"n": n},
+            dtype,
+            (f"{unit}.ws",),
+            (f"{unit}.w",),
+            "dp",
+            self.sharding(unit).axis,
         )
         clear = Op("fill", {"n": n}, self.grads_dtype, (), (f"{unit}.g",))
-        if stage == 3:
-            self.add(f"{unit}.unshard", [gather])
-        if stage >= 2:
-            self.add(f"{unit}.clear", [clear])
-        self.add(f"{unit}.reduce", self._reduction(unit, n))
-        self.add(f"{unit}.settle", self._settlement(unit))
-        self.add(f"{unit}.step", [*self._optimizer(unit), *([gather] if stage in (1, 2) else ())])
+        return {
+            "unshard": [gather] if stage == 3 else [],
+            "clear": [clear] if stage >= 2 else [],
+            "reduce": self._reduction(unit, n),
+            "settle": self._settlement(unit),
+            "step": [*self._optimizer(unit), *([gather] if stage in (1, 2) else ())],
+        }
 
     def _reduction(self, unit: str, n: Size) -> list[Op]:
-        shards, dtype = self.shards, self.grads_dtype
+        shards, dtype = self.sharding(unit), self.grads_dtype
         ops: list[Op] = []
         rep = f"{unit}.g.rep"
         if self.buffers[rep].elements:
@@ -185,14 +229,14 @@ class _Lowering:
 
     def _settlement(self, unit: str) -> list[Op]:
         """Add a microbatch's reduced gradients to the shard that gathers the step's."""
-        if self.shards.stage < 2:
+        if self.sharding(unit).stage < 2:
             return []
         dims = {"t": self.buffers[f"{unit}.gt"].elements, "n": 1}
         reads = (f"{unit}.gs", f"{unit}.gt")
         return [Op("add", dims, self.grads_dtype, reads, (f"{unit}.gs",))]
 
     def _optimizer(self, unit: str) -> list[Op]:
-        stage = self.shards.stage
+        stage = self.sharding(unit).stage
         weight, grad = (f"{unit}.ws", f"{unit}.gs") if stage else (f"{unit}.w", f"{unit}.g")
         held = self.buffers[weight]
         states = []
@@ -228,23 +272,32 @@ def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: 
     buffers, model = low.buffers, low.model
     buffers["positions"] = Buffer((rows.tokens,), "int64", "data", layered=False)
     low.add("embed.F", embed_block(model, tp, rows, buffers))
-    low.add("layer.F", layer_block(model, tp, rows, buffers))
+    experts = [is_moe_layer(model, layer) for layer in range(model.layers)]
+    if not all(experts):
+        low.add("layer.F", layer_block(model, tp, rows, buffers))
+    if any(experts):
+        grid = ExpertGrid.of(low.parallel)
+        low.add(f"{LAYER}.F", moe_block(model, tp, rows, buffers, grid))
     low.add("head.F", head_block(model, tp, rows, buffers, loss_scale))
     for unit in UNITS:
-        low.flatten(unit)
+        for part in PARTS.get(unit, (unit,)):
+            low.flatten(part)
 
 
 def _backward_blocks(low: _Lowering) -> None:
-    outputs = {"embed": ("h",), "layer": ("h+",), "head": ()}
-    for unit in UNITS:
+    outputs = {"embed": ("h",), "layer": ("h+",), LAYER: ("h+",), "head": ()}
+    for unit in (unit for unit in UNITS if f"{unit}.F" in low.blocks):
         tape: Tape = backward(low.blocks[f"{unit}.F"], low.buffers, outputs[unit])
         low.add(f"{unit}.B", tape.joined())
         low.add(f"{unit}.I", tape.input_ops)
         low.add(f"{unit}.W", [op for _, op in tape.weight_ops])
 
 
-def _units(first: int, count: int, *, embed: bool, head: bool) -> list[Call]:
-    calls = [Call("layer", layer) for layer in range(first, first + count)]
+def _units(model: ModelSpec, first: int, count: int, *, embed: bool, head: bool) -> list[Call]:
+    calls = [
+        Call(LAYER if is_moe_layer(model, layer) else "layer", layer)
+        for layer in range(first, first + count)
+    ]
     if embed:
         calls.insert(0, Call("embed", first))
     if head:
@@ -289,7 +342,7 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
     full = low.parallel.recompute == "full"
 
     def again(unit: Call) -> list[Call]:
-        return present(unit, "F") if full and unit.block == "layer" else []
+        return present(unit, "F") if full and unit.block in ("layer", LAYER) else []
 
     def back(unit: Call, last: bool) -> list[Call]:
         reduce = present(unit, "reduce") if always or last else []
@@ -356,6 +409,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     if workload.params_dtype:
         model = replace(model, weights_dtype=workload.params_dtype)
     check_lowerable(model, workload.seq_len)
+    check_experts(model, parallel)
     _check_dtypes(model, workload)
     schedule = find_schedule(parallel.schedule)
     count = microbatches(parallel, workload)
@@ -374,6 +428,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         model,
         parallel,
         Sharding.of(parallel),
+        Sharding.of_experts(parallel),
         tp.shards_tokens,
         workload.grads_dtype,
         workload.optimizer,
@@ -433,7 +488,7 @@ def _pipeline_bodies(
     for stage in range(len(placement.stage_rank)):
         place = stage % placement.chain
         first, count = sum(layers[:place]), layers[place]
-        units = _units(first, count, embed=place == 0, head=place == last)
+        units = _units(low.model, first, count, embed=place == 0, head=place == last)
         bodies |= _stage_bodies(low, stage, units)
         edges = (
             (first, placement.before(stage), ("RECV_F", "SEND_B")),
@@ -536,8 +591,10 @@ def lower_pass(
         raise unknown("dtype", model.compute_dtype, DTYPE_BYTES)
     rows = Rows(batch // parallel.dp, new, cached, keep_cache=True)
     tp = TensorParallel(parallel.tp, False)
-    plain = replace(parallel, zero_stage=0)
-    low = _Lowering(model, plain, Sharding(0, "", 1), False, "fp32", "adam")
+    plain = replace(parallel, zero_stage=0, sequence_parallel=False)
+    check_experts(model, plain)
+    alone = Sharding(0, "", 1)
+    low = _Lowering(model, plain, alone, alone, False, "fp32", "adam")
     _forward_blocks(low, tp, rows, 0)
     passes = [[Action(stage, "F", 0)] for stage in range(parallel.pp)]
     placement = Placement.of(passes)

@@ -9,6 +9,7 @@ and all-reduce becomes all-gather before and reduce-scatter after.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -304,10 +305,22 @@ def _ffn(b: Builder, model: ModelSpec, tp: TensorParallel, tokens: Size, x: str)
     return _row_bias(b, model, z, "z", tp.local(tokens)) if model.ffn_bias else z
 
 
+FeedForward = Callable[[Builder, ModelSpec, TensorParallel, Size, str], str]
+
+
+def _dense(b: Builder, model: ModelSpec, tp: TensorParallel, tokens: Size, x: str) -> str:
+    """Append the dense FFN on this rank's rows of normed ``x``."""
+    return _ffn(b, model, tp, tokens, tp.enter(b, x, tokens, model.hidden))
+
+
 def check_lowerable(model: ModelSpec, length: int) -> None:
     """Raise `InputError` where a network has parts that no op covers yet at ``length`` tokens."""
     missing = {
-        "mixture-of-experts layers": model.experts > 0,
+        "experts beside attention on one normed input": (
+            model.experts > 0 and model.parallel_block
+        ),
+        "experts with biases": model.experts > 0 and model.ffn_bias,
+        "a gate on its shared experts": model.shared_gate,
         "latent attention (MLA)": model.kv_lora_rank > 0,
         "state-space layers": "ssm" in model.mixers,
         "layers that slide over fewer tokens than a sequence has": (
@@ -327,10 +340,19 @@ def check_lowerable(model: ModelSpec, length: int) -> None:
 
 
 def layer_block(
-    model: ModelSpec, tp: TensorParallel, rows: Rows, buffers: dict[str, Buffer]
+    model: ModelSpec,
+    tp: TensorParallel,
+    rows: Rows,
+    buffers: dict[str, Buffer],
+    *,
+    prefix: str = "layer",
+    ffn: FeedForward = _dense,
 ) -> list[Op]:
-    """Return the forward ops of one transformer layer: h -> h+."""
-    b = Builder("layer", model.compute_dtype, buffers)
+    """Return the forward ops of one transformer layer: h -> h+.
+
+    ``ffn`` appends the feed-forward part on this rank's normed rows, one after attention only.
+    """
+    b = Builder(prefix, model.compute_dtype, buffers)
     tokens, local, hidden = rows.tokens, tp.local(rows.tokens), model.hidden
     b.act("h", local, hidden)
     normed = tp.enter(b, _norm(b, model, "h", "n1", local), tokens, hidden)
@@ -346,8 +368,7 @@ def layer_block(
     after = model.norms_per_layer > 2
     y = _norm(b, model, y, "n1.after", local) if after else y
     mid = b.op("add", ("h", y), (b.act("mid", local, hidden),), t=local, n=hidden)
-    normed = tp.enter(b, _norm(b, model, mid, "n2", local), tokens, hidden)
-    z = _ffn(b, model, tp, tokens, normed)
+    z = ffn(b, model, tp, tokens, _norm(b, model, mid, "n2", local))
     z = _norm(b, model, z, "n2.after", local) if after else z
     b.op("add", (mid, z), ("h+",), t=local, n=hidden)
     return b.ops

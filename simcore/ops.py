@@ -64,6 +64,8 @@ class Buffer:
         False  # a replicated weight of which every tensor rank has a part of the gradient
     )
     init: str = "normal"  # normal, ones, zeros
+    experts: int = 0  # expert weights: how many the layer has, of which this rank holds dims[0]
+    expert_group: str = ""  # the group that shares them out
 
     @property
     def elements(self) -> Size:
@@ -194,6 +196,59 @@ def _fill(op: Op) -> Work:
     return Work(write_bytes=op.dims["n"] * dtype_bytes(op.dtype))
 
 
+def _grouped_matmul(op: Op) -> Work:
+    """Every row times its expert's matrix; ``tn`` adds to the gradients of the matrices."""
+    d, size = op.dims, dtype_bytes(op.dtype)
+    weights, rows = d["touched"] * d["n"] * d["k"], d["m"]
+    flops = 2 * rows * d["n"] * d["k"]
+    if op.attrs["layout"] == "tn":
+        moved = weights * dtype_bytes(op.attrs["out_dtype"])
+        return Work(flops, read_bytes=rows * (d["n"] + d["k"]) * size + moved, write_bytes=moved)
+    moved = weights * dtype_bytes(op.attrs.get("weight_dtype", op.dtype))
+    return Work(flops, read_bytes=rows * d["k"] * size + moved, write_bytes=rows * d["n"] * size)
+
+
+def _route(op: Op) -> Work:
+    """Read the scores; write gates and the two index tables (read gates and choices backward)."""
+    scores = op.dims["t"] * op.dims["n"]
+    chosen = op.dims["t"] * op.attrs["top"]
+    size = dtype_bytes(op.dtype)
+    return Work(
+        vector_flops=scores + 4 * chosen,
+        read_bytes=scores * size,
+        write_bytes=chosen * (size + 2 * dtype_bytes("int64")),
+    )
+
+
+def _route_backward(op: Op) -> Work:
+    scores = op.dims["t"] * op.dims["n"]
+    chosen = op.dims["t"] * op.attrs["top"]
+    size = dtype_bytes(op.dtype)
+    return Work(
+        vector_flops=5 * chosen,
+        read_bytes=chosen * (2 * size + dtype_bytes("int64")),
+        write_bytes=scores * size,
+    )
+
+
+def _rows(tokens: float, rows: float, flops: float, *, back: bool) -> Callable[[Op], Work]:
+    """Return the work of moving ``t`` tokens to ``rows`` rows of ``n``, or back.
+
+    It reads so many times the one and the other, and writes the rows, or with ``back`` the tokens.
+    """
+
+    def work(op: Op) -> Work:
+        size = op.dims["n"] * dtype_bytes(op.dtype)
+        token_bytes, row_bytes = op.dims["t"] * size, op.dims["rows"] * size
+        return Work(
+            vector_flops=flops * op.dims["t"] * op.attrs["top"] * op.dims["n"],
+            read_bytes=tokens * token_bytes + rows * row_bytes,
+            write_bytes=token_bytes if back else row_bytes,
+        )
+
+    return work
+
+
 def _collective(op: Op) -> Work:
     return Work(payload_bytes=op.dims["n"] * dtype_bytes(op.dtype))
 
@@ -236,6 +291,14 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "qkv_join": _elementwise(1, 1, 0),
     "regroup": _elementwise(1, 1, 0),
     "cache_append": _cache_append,
+    "route": _route,
+    "route_backward": _route_backward,
+    "permute": _rows(1, 0, 0, back=False),
+    "permute_backward": _rows(0, 1, 1, back=True),
+    "combine": _rows(0, 1, 2, back=True),
+    "combine_backward": _rows(1, 1, 3, back=False),
+    "swap_blocks": _elementwise(1, 1, 0),
+    "grouped_matmul": _grouped_matmul,
     "adam": _adam,
     "fill": _fill,
     "alias": lambda op: Work(),

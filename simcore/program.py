@@ -101,10 +101,31 @@ ENDS = "ends"  # the group of the first and the last pipeline rank
 MIRROR = "mirror"  # the group of the pipeline ranks r and p - 1 - r
 
 
+def fold(name: str, inner: int, degree: int) -> str:
+    """Return the group called ``name`` of ``degree`` ranks that lie ``inner`` apart in a stage.
+
+    A second grid over the same ranks consists of such groups: the one for experts reuses those of
+    dp, cp and tp ("" for groups of one rank).
+    """
+    return f"{name}:{inner}x{degree}" if degree > 1 else ""
+
+
+def folded(group: str) -> tuple[int, int] | None:
+    """Return how far apart the members of a `fold` lie and how many they are; None for axes."""
+    _, colon, sizes = group.partition(":")
+    if not colon:
+        return None
+    inner, _, degree = sizes.partition("x")
+    return int(inner), int(degree)
+
+
 def axis_degree(mesh: Mapping[str, int], group: str) -> int:
-    """Return the ranks in a group: an axis, axes joined by ``*``, ends or mirrors."""
+    """Return a group's ranks: along an axis, axes joined by ``*``, a `fold`, ends or mirrors."""
     if group in (ENDS, MIRROR):
         return min(2, mesh["pp"])
+    fold_sizes = folded(group)
+    if fold_sizes is not None:
+        return fold_sizes[1]
     total = 1
     for axis in filter(None, group.split("*")):
         total *= mesh[axis]
@@ -129,6 +150,11 @@ def rank_at(mesh: Mapping[str, int], where: Mapping[str, int]) -> int:
 
 def group_ranks(mesh: Mapping[str, int], group: str, rank: int) -> list[int]:
     """Return the ranks that share every coordinate of ``rank`` except those along ``group``."""
+    fold_sizes = folded(group)
+    if fold_sizes is not None:
+        inner, degree = fold_sizes
+        first = rank - rank // inner % degree * inner
+        return [first + index * inner for index in range(degree)]
     axes = group.split("*")
     mine = coordinates(mesh, rank)
     if group == ENDS:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from simcore.errors import InputError, unknown
-from simcore.models import ModelSpec
+from simcore.models import ModelSpec, shared_width
 from simcore.sequence import LAYOUTS, SequenceSplit
 from simcore.workloads import TrainStep
 
@@ -27,6 +27,8 @@ class ParallelStrategy:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int | None = None  # None: `default_etp`
+    capacity_factor: float | None = None  # None: every row is kept where ep is 1, else 1.0
     microbatch: int = 1
     schedule: str = "1f1b"
     virtual_stages: int = 1
@@ -113,6 +115,44 @@ def stage_layers(model: ModelSpec, parallel: ParallelStrategy) -> tuple[int, ...
     return tuple(each + (stage < extra) for stage in range(stages))
 
 
+def default_etp(parallel: ParallelStrategy) -> int:
+    """Return how many ranks split an expert: as dense layers, unless tp ranks have own tokens."""
+    return 1 if parallel.sequence_parallel else parallel.tp
+
+
+def check_experts(model: ModelSpec, parallel: ParallelStrategy) -> None:
+    """Raise `InputError` where experts cannot be laid over the ranks."""
+    if not model.experts:
+        for key, default in (("ep", 1), ("etp", None), ("capacity_factor", None)):
+            if getattr(parallel, key) not in (default, 1):
+                raise InputError(
+                    f"[parallel].{key} needs a mixture of experts, which model {model.name!r} is "
+                    "not: drop the key."
+                )
+        return
+    etp, ranks = default_etp(parallel), parallel.dp * parallel.cp * parallel.tp
+    if parallel.etp not in (None, etp):
+        raise InputError(
+            f"[parallel].etp = {parallel.etp} is not available with tp {parallel.tp}: experts are "
+            f"split over all tp ranks, or with sequence_parallel over none; set etp = {etp}."
+        )
+    if model.experts % parallel.ep:
+        raise InputError(
+            f"[parallel].ep = {parallel.ep} does not divide the model's {model.experts} experts: "
+            f"ep = {math.gcd(model.experts, parallel.ep)} does."
+        )
+    if ranks % (parallel.ep * etp):
+        raise InputError(
+            f"[parallel].ep = {parallel.ep} x etp {etp} does not divide dp x cp x tp = {ranks}: "
+            f"ep = {math.gcd(ranks // etp, parallel.ep)} does."
+        )
+    if model.moe_ffn % etp or shared_width(model) % parallel.tp:
+        raise InputError(
+            f"tp {parallel.tp} does not divide the width {model.moe_ffn} of an expert or "
+            f"{shared_width(model)} of the shared ones: lower [parallel].tp."
+        )
+
+
 def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> None:
     """Raise `InputError` where the strategy cannot be laid over ``world`` ranks."""
     if parallel.world != world:
@@ -129,6 +169,7 @@ def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> 
                 f"[parallel].tp = {near} does."
             )
     check_split(model, parallel)
+    check_experts(model, parallel)
     stage_layers(model, parallel)
 
 

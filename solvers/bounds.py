@@ -16,7 +16,7 @@ from typing import Protocol
 from hwmodels.cost import ClusterCost
 from simcore.costs import transfer_seconds
 from simcore.liveness import SHARES_STORAGE
-from simcore.lower import UNITS, lower_training
+from simcore.lower import lower_training
 from simcore.models import ModelSpec
 from simcore.ops import COMPUTE, Op
 from simcore.program import PERSISTENT, Call, Program
@@ -26,6 +26,7 @@ from simcore.workloads import TrainStep
 
 Streams = dict[str, float]  # seconds that pass on each stream
 THREADS = (COMPUTE, HOST)
+UNITS = ("embed", "layer", "head")
 COMPUTING = (".F", ".B")  # ends of the blocks that data parallelism leaves as they are
 CostOf = Callable[[ParallelStrategy], ClusterCost]
 

@@ -371,7 +371,7 @@ class _Search:
 
 
 class _NoBounds:
-    """Bounds of a small lattice, all of which is priced."""
+    """Bounds of a lattice that is priced as a whole: it is small, or its layers differ."""
 
     def memory_bytes(self, parallel: ParallelStrategy) -> float:
         """Return 0."""
@@ -385,7 +385,7 @@ class _NoBounds:
 def make_bounds(question: Question) -> Bounds:
     """Return the bounds of the question's kind of workload."""
     work = question.workload
-    if not isinstance(work, TrainStep):
+    if not isinstance(work, TrainStep) or question.model.experts:
         return _NoBounds()
     return TrainBounds(question.model, work, lambda parallel: cost_of(question, parallel))
 

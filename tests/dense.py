@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simcore.models import ModelSpec
+from simcore.models import ModelSpec, is_moe_layer, shared_width
 
 EPSILON = 1e-5
 NORMS = {"n1": "n1", "n2": "n2", "after1": "n1.after", "after2": "n2.after", "q": "q", "k": "k"}
@@ -47,8 +47,56 @@ def rotate(x: Tensor, start: int = 0) -> Tensor:
     return x * cos + turned * sin
 
 
-class Layer(nn.Module):
+class Experts(nn.Module):
+    """A mixture of experts, token by token.
+
+    Each group of ``rows`` consecutive tokens fills the experts anew: all first choices in order of
+    the tokens, then all second ones; a choice of an expert that took ``most`` tokens is dropped.
+    """
+
+    rows, most = 0, math.inf
+
     def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.model = model
+        wide, shared = 2 * model.moe_ffn, shared_width(model)
+        self.router = nn.Linear(model.hidden, model.experts, bias=False)
+        self.up = nn.Parameter(torch.empty(model.experts, wide, model.hidden))
+        self.z = nn.Parameter(torch.empty(model.experts, model.hidden, model.moe_ffn))
+        if shared:
+            self.shared_up = nn.Linear(model.hidden, 2 * shared, bias=False)
+            self.shared_z = nn.Linear(shared, model.hidden, bias=False)
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        gate, value = (self.up[number] @ x).chunk(2)
+        return self.z[number] @ (F.silu(gate) * value)
+
+    def group(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        found = [torch.zeros_like(row) for row in x]
+        taken = dict.fromkeys(range(self.model.experts), 0)
+        ranked = scores.argsort(-1, descending=True)[:, : self.model.experts_per_token]
+        weights = torch.gather(scores, 1, ranked).softmax(-1)
+        for choice in range(self.model.experts_per_token):
+            for token, row in enumerate(x):
+                number = int(ranked[token, choice])
+                taken[number] += 1
+                if taken[number] <= self.most:
+                    gate = weights[token, choice]
+                    found[token] = found[token] + gate * self.expert(number, row)
+        return torch.stack(found)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        y = torch.cat([self.group(part) for part in flat.split(self.rows or len(flat))])
+        if shared_width(self.model):
+            gate, value = self.shared_up(flat).chunk(2, -1)
+            y = y + self.shared_z(F.silu(gate) * value)
+        return y.view_as(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, model: ModelSpec, number: int) -> None:
         super().__init__()
         self.model = model
         norm = RMSNorm if model.norm == "rmsnorm" else LayerNorm
@@ -60,6 +108,9 @@ class Layer(nn.Module):
         if model.norms_per_layer > 2:
             self.after1, self.after2 = norm(model.hidden), norm(model.hidden)
         self.y = nn.Linear(heads * d, model.hidden, bias=model.out_bias)
+        if is_moe_layer(model, number):
+            self.experts = Experts(model)
+            return
         wide = model.ffn * (2 if model.ffn_kind == "gated" else 1)
         self.up = nn.Linear(model.hidden, wide, bias=model.ffn_bias)
         self.z = nn.Linear(model.ffn, model.hidden, bias=model.ffn_bias)
@@ -82,6 +133,8 @@ class Layer(nn.Module):
         return self.y(mixed.reshape(batch, rows, h * d))
 
     def ffn(self, x: Tensor) -> Tensor:
+        if hasattr(self, "experts"):
+            return self.experts(x)
         wide = self.up(x)
         if self.model.ffn_kind == "gated":
             gate, value = wide.chunk(2, -1)
@@ -113,7 +166,7 @@ class Dense(nn.Module):
         self.table = nn.Parameter(torch.empty(model.vocab, model.hidden))
         if model.position == "learned":
             self.positions = nn.Parameter(torch.empty(model.max_positions, model.hidden))
-        self.layers = nn.ModuleList(Layer(model) for _ in range(model.layers))
+        self.layers = nn.ModuleList(Layer(model, i) for i in range(model.layers))
         self.nf = (RMSNorm if model.norm == "rmsnorm" else LayerNorm)(model.hidden)
         if not model.tied_embeddings:
             self.head = nn.Parameter(torch.empty(model.vocab, model.hidden))
@@ -150,13 +203,24 @@ class Dense(nn.Module):
         if not self.model.tied_embeddings:
             found["head.wlogits", -1] = self.head
         for number, layer in enumerate(self.layers):
+            experts = getattr(layer, "experts", None)
+            unit = "layer" if experts is None else "moe"
             for attribute, name in NORMS.items():
                 norm = getattr(layer, attribute, None)
                 for part, value in norm.named_parameters() if norm is not None else ():
-                    found[f"layer.{name}.{part}", number] = value
+                    found[f"{unit}.{name}.{part}", number] = value
             for name in ("qkv", "y", "up", "z"):
-                linear = getattr(layer, name)
-                found[f"layer.w{name}", number] = linear.weight
+                linear = getattr(layer, name, None)
+                if linear is None:
+                    continue
+                found[f"{unit}.w{name}", number] = linear.weight
                 if linear.bias is not None:
-                    found[f"layer.b{name}", number] = linear.bias
+                    found[f"{unit}.b{name}", number] = linear.bias
+            if experts is not None:
+                found["experts.wup", number] = experts.up
+                found["experts.wz", number] = experts.z
+                for name in ("router", "shared_up", "shared_z"):
+                    if hasattr(experts, name):
+                        weight = getattr(experts, name).weight
+                        found[f"moe.w{name.replace('_', '.')}", number] = weight
         return found

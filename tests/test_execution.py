@@ -13,7 +13,7 @@ import pytest
 from simcore.accounting import step_totals
 from simcore.liveness import activation_peaks, residents
 from simcore.lower import lower_pass, lower_training
-from simcore.models import ModelSpec
+from simcore.models import ModelSpec, is_moe_layer
 from simcore.ops import COMMUNICATION, WORK
 from simcore.program import Program, coordinates, group_ranks
 from simcore.strategy import ParallelStrategy
@@ -21,12 +21,12 @@ from simcore.workloads import Generation, TrainStep
 
 torch = pytest.importorskip("torch")
 
-from dense import Dense  # noqa: E402
+from dense import Dense, Experts  # noqa: E402
 
 from backends.data import sequence  # noqa: E402
 from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many  # noqa: E402
 from backends.torch_ops import OPS  # noqa: E402
-from backends.weights import dense_weight, shard_weight  # noqa: E402
+from backends.weights import dense_weight, local_weight  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 
@@ -67,8 +67,10 @@ GEMMA3 = replace(LLAMA, name="gemma3-like", activation="gelu_tanh", qk_norm=True
 DEEP = replace(LLAMA, name="deep", layers=4)
 DEEPER = replace(LLAMA, name="deeper", layers=8)
 DEEP_TIED = replace(GPT2, name="deep-gpt2", layers=4)
+MIXTRAL = replace(LLAMA, name="mixtral-like", experts=4, experts_per_token=2, moe_ffn=12, ffn=0)
+SHARED = replace(MIXTRAL, name="shared-like", dense_layers=1, shared_experts=2, ffn=24)
 MODELS = {
-    model.name: model for model in (LLAMA, TIED, GPT2, FALCON, GEMMA3, DEEP, DEEPER, DEEP_TIED)
+    m.name: m for m in (LLAMA, TIED, GPT2, FALCON, GEMMA3, MIXTRAL, SHARED, DEEP, DEEPER, DEEP_TIED)
 }
 TRAIN = TrainStep(global_batch=4, seq_len=8)
 
@@ -84,6 +86,17 @@ class Case:
     @property
     def program(self) -> Program:
         return lower_training(self.model, self.parallel, TRAIN)
+
+    @property
+    def dispatch(self) -> tuple[int, float]:
+        """Tokens that fill the experts together, and the most that an expert takes of them."""
+        shape, parallel = self.model, self.parallel
+        factor = parallel.capacity_factor or (1.0 if parallel.ep > 1 else math.inf)
+        rows = parallel.microbatch * TRAIN.seq_len
+        rows //= parallel.tp if parallel.sequence_parallel else 1
+        if not shape.experts or factor == math.inf:
+            return 0, math.inf
+        return rows, math.ceil(factor * rows * shape.experts_per_token / shape.experts)
 
 
 def case(name: str, model: ModelSpec = LLAMA, **parallel: object) -> Case:
@@ -190,6 +203,28 @@ CASES = [
     case("zero2-pp-full-recompute", dp_shard=2, zero_stage=2, pp=2, recompute="full"),
     case("zero3-pp", dp_shard=2, pp=2),
     *PIPELINES,
+    # mixtures of experts
+    case("moe", MIXTRAL, microbatch=2),
+    case("moe-capacity", MIXTRAL, capacity_factor=1.0),
+    case("moe-shared-recompute", SHARED, recompute="full"),
+    case("moe-dp", MIXTRAL, dp_replicate=2),
+    case("moe-ep", MIXTRAL, dp_replicate=2, ep=2),
+    case("moe-ep-zero3", SHARED, dp_shard=2, ep=2, capacity_factor=0.75),
+    case("moe-zero2", MIXTRAL, dp_shard=2, zero_stage=2),
+    case("moe-tp", SHARED, tp=2),
+    case("moe-tp-capacity", MIXTRAL, tp=2, capacity_factor=1.0),
+    case("moe-tp-sp", SHARED, tp=2, sequence_parallel=True),
+    case("moe-tp-sp-ep", SHARED, tp=2, sequence_parallel=True, ep=2, microbatch=2),
+    case("moe-pp", SHARED, pp=2),
+    case("moe-ep-zero3-four", MIXTRAL, dp_shard=4, ep=2),
+    case("moe-ep-hsdp", SHARED, dp_replicate=2, dp_shard=2, ep=2),
+    case("moe-zero3-hsdp", MIXTRAL, dp_replicate=2, dp_shard=2),
+    case("moe-ep-tp", SHARED, dp_replicate=2, tp=2, ep=2, capacity_factor=2.0),
+    case("moe-ep-folded", MIXTRAL, dp_shard=2, tp=2, sequence_parallel=True, ep=4),
+    case(
+        "moe-ep-folded-zero1", SHARED, dp_shard=2, zero_stage=1, tp=2, sequence_parallel=True, ep=2
+    ),
+    case("moe-ep-pp", SHARED, dp_replicate=2, pp=2, ep=2, recompute="full"),
 ]
 BY_NAME = {c.name: c for c in CASES}
 BF16_CASES = [
@@ -214,6 +249,10 @@ GENERATIONS = [
     case("generate-tied-pp", TIED, pp=2),
     case("generate-tp-pp", tp=2, pp=2),
     case("generate-dp-tp", dp_shard=2, tp=2),
+    case("generate-moe", MIXTRAL),
+    case("generate-moe-tp", SHARED, tp=2),
+    case("generate-moe-ep", SHARED, dp_shard=2, ep=2, capacity_factor=2.0),  # drops nothing
+    case("generate-moe-ep-tp", MIXTRAL, dp_replicate=2, tp=2, ep=2, capacity_factor=2.0),
 ]
 EXACT = RunOptions(
     SEED, repeats=STEPS - 1, warmup=1, dtype="fp64", dump=("losses", "gradients"), timeout_s=60
@@ -272,10 +311,15 @@ def dense_model(model: ModelSpec) -> Dense:
 
 
 @cache
-def reference(name: str) -> tuple[list[float], Mapping[tuple[str, int], torch.Tensor]]:
+def reference(
+    name: str, dispatch: tuple[int, float] = (0, math.inf)
+) -> tuple[list[float], Mapping[tuple[str, int], torch.Tensor]]:
     """Return the losses of some steps, and the gradients of the first."""
     model = MODELS[name]
     dense = dense_model(model)
+    for module in dense.modules():
+        if isinstance(module, Experts):
+            module.rows, module.most = dispatch
     rows = torch.stack(
         [sequence(SEED, i, TRAIN.seq_len, model.vocab) for i in range(TRAIN.global_batch)]
     )
@@ -300,20 +344,23 @@ def gradient_shard(
 ) -> np.ndarray:
     """Cut from whole gradients what the flat buffer ``name`` of ``rank`` should hold."""
     unit, kind = name.rsplit(".", 1)
-    tp, index = program.mesh["tp"], coordinates(program.mesh, rank)["tp"]
+    tp = program.mesh["tp"]
+
+    def index(group: str) -> int:
+        return group_ranks(program.mesh, group, rank).index(rank)
+
     flat = np.zeros(program.buffers[f"{unit}.g"].elements)
     for member, buffer in program.buffers.items():
         if buffer.base != f"{unit}.w" or buffer.part:
             continue
         whole = gradients[member, layer if buffer.layered else -1]
-        part = shard_weight(whole, buffer, index, tp).numpy().ravel()
+        part = local_weight(whole, buffer, index, tp).numpy().ravel()
         flat[buffer.offset : buffer.offset + buffer.elements] = part
     if kind == "g":
         return flat
-    group = next(
-        op.group for op in program.blocks[f"{unit}.reduce"].ops if op.kind == "reduce_scatter"
-    )
-    place = group_ranks(program.mesh, group, rank).index(rank)
+    ops = (op for block in program.blocks.values() for op in block.ops)
+    group = next(op.group for op in ops if op.kind == "reduce_scatter" and f"{unit}.g" in op.reads)
+    place = index(group)
     size = program.buffers[name].elements
     return flat[place * size : (place + 1) * size]
 
@@ -324,25 +371,26 @@ def gradient_shard(
 def test_losses_equal_the_dense_reference(ran: tuple[Case, RunResult, RunResult]) -> None:
     """Also after optimizer steps, so updates and gathers of weights are right too."""
     found, exact, _ = ran
-    losses, _ = reference(found.model.name)
+    losses, _ = reference(found.model.name, found.dispatch)
     assert exact.losses == pytest.approx(losses, rel=1e-10)
 
 
 def test_gradient_shards_equal_the_dense_gradients(ran: tuple[Case, RunResult, RunResult]) -> None:
     found, exact, _ = ran
-    _, gradients = reference(found.model.name)
+    _, gradients = reference(found.model.name, found.dispatch)
     units = set()
     for rank in exact.ranks:
         for key, array in rank.arrays.items():
             name, layer = key.rsplit("/", 1)
             expected = gradient_shard(found.program, rank.rank, name, int(layer), gradients)
-            units.add((name.split(".")[0], int(layer) if name.startswith("layer") else -1))
+            layered = found.program.buffers[name].layered
+            units.add((name.split(".")[0], int(layer) if layered else -1))
             np.testing.assert_allclose(array, expected, rtol=1e-9, atol=1e-13)
-    assert units == {
-        ("embed", -1),
-        ("head", -1),
-        *(("layer", i) for i in range(found.model.layers)),
+    parts = {True: ("moe", "experts"), False: ("layer",)}
+    layers = {
+        (unit, i) for i in range(found.model.layers) for unit in parts[is_moe_layer(found.model, i)]
     }
+    assert units == {("embed", -1), ("head", -1), *layers}
 
 
 def test_collectives_move_what_the_program_says(ran: tuple[Case, RunResult, RunResult]) -> None:

@@ -164,7 +164,7 @@ def test_fields_follow_the_core_types() -> None:
             assert spec[name].default == field.default, name
     strategy = {field.name: field for field in dataclasses.fields(ParallelStrategy)}
     assert set(ParallelTable.model_fields) - set(strategy) == {
-        *("strategy", "etp"),
+        *("strategy",),
     }
     assert set(strategy) <= set(ParallelTable.model_fields)
     for name, part in strategy.items():

@@ -28,11 +28,12 @@ steps of one 128-byte line per row. Seconds, the least over tile shapes and spli
 
 For a given tile and split every term rises in m, n and k, and so does the least of them.
 
-A shape may add ``out_bytes``, what an element of y moves: 2 as 16 bits (the default), 4 as fp32, 8
-where it is added to an fp32 sum. `LAYOUTS` holds it for the products of a training step. Their
-sizes say the rest: a transposed 16-bit operand costs nothing, as units read either order from
-shared memory (ldmatrix.trans, the major-ness bits of wgmma); an 8-bit one has to be stored
-transposed as well, which belongs to the op that quantises it.
+A shape may add ``groups``, equal products in one launch (the experts of a layer): tiles, bytes and
+energy are those of all of them. It may add ``out_bytes``, what an element of y moves: 2 as 16 bits
+(the default), 4 as fp32, 8 where it is added to an fp32 sum. `LAYOUTS` holds it for the products of
+a training step. Their sizes say the rest: a transposed 16-bit operand costs nothing, as units read
+either order from shared memory (ldmatrix.trans, the major-ness bits of wgmma); an 8-bit one has to
+be stored transposed as well, which belongs to the op that quantises it.
 
 Sources: tiles, waves, split k: NVIDIA, Matrix Multiplication Background User's Guide (2023);
 CUTLASS, Efficient GEMM (2024). 64 bytes a clock: NVIDIA A100 white paper (2020). Asynchronous
@@ -152,19 +153,19 @@ def _step_cycles(
 
 
 def _busy_seconds(
-    m: Array, n: Array, k: Array, chip: Chip, form: _Operands, c: Coefficients
+    m: Array, n: Array, k: Array, groups: Array, chip: Chip, form: _Operands, c: Coefficients
 ) -> Array:
     """Return seconds that the units take for the best tile and split: equations 1 to 4."""
     unit = _unit(chip, form)
     steps = np.ceil(k * form.x_bytes / _LINE_BYTES)
     runs = [np.maximum(steps / split, 1.0) for split in _SPLITS]
     least = np.maximum(c["smallest_tile"], c["grown_tile"] * np.minimum(m / _GROWN_ROWS, 1.0))
-    best = np.full(np.broadcast(m, n, k).shape, np.inf)
+    best = np.full(np.broadcast(m, n, k, groups).shape, np.inf)
     for a, b in _TILES:
         step = _step_cycles(a * unit.edge, b * unit.edge, least, unit, form, c)
         ends = np.asarray(c["tile_cycles"] * a * b / _SQUARE)
         join = c["split_cycles"] * np.maximum(a * b / _SQUARE, least)
-        tiles = np.ceil(m / (a * unit.edge)) * np.ceil(n / (b * unit.edge))
+        tiles = groups * np.ceil(m / (a * unit.edge)) * np.ceil(n / (b * unit.edge))
         for split, run in zip(_SPLITS, runs, strict=True):
             walk = run * step
             tile = walk + ends if unit.synchronous else _beside(walk, ends, c["unhidden_share"])
@@ -196,13 +197,15 @@ def _memory_seconds(moved: Array, chip: Chip, c: Coefficients) -> Array:
 
 def _seconds(shape: Shape, chip: Chip, dtype: str, c: Coefficients) -> Array:
     m, n, k = (np.asarray(shape[name], dtype=np.float64) for name in ("m", "n", "k"))
+    groups = np.asarray(shape.get("groups", 1.0), dtype=np.float64)
     form = _operands(chip, dtype)
-    busy = _busy_seconds(m, n, k, chip, form, c)
-    cooled = _cooled_seconds(busy, 2 * m * n * k, chip, form, c)
+    busy = _busy_seconds(m, n, k, groups, chip, form, c)
+    cooled = _cooled_seconds(busy, groups * 2 * m * n * k, chip, form, c)
     result = m * n * np.asarray(shape.get("out_bytes", max(2.0, form.x_bytes)), dtype=np.float64)
-    memory = _memory_seconds(m * k * form.x_bytes + n * k * form.w_bytes + result, chip, c)
+    moved = groups * (m * k * form.x_bytes + n * k * form.w_bytes + result)
+    memory = _memory_seconds(moved, chip, c)
     main = chip.hbm.bytes_per_s * c["bandwidth_share"]
-    quantise = form.quantised * c["quantise_bytes"] * m * k / main
+    quantise = form.quantised * c["quantise_bytes"] * groups * m * k / main
     launch = (2 if form.quantised else 1) * c["launch_cycles"] / chip.clock_hz
     return np.asarray(launch + _beside(cooled, memory, c["unhidden_share"]) + quantise)
 

@@ -45,12 +45,6 @@ def _known_schedule(name: str) -> str:
     raise refusal(wrong_choice(("parallel", "schedule"), name, names))
 
 
-def _only_one(degree: int) -> int:
-    if degree > 1:
-        raise refusal(f"= {shown_as(degree)} is not available in this version: set it to 1.")
-    return degree
-
-
 def _plain_text(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise refusal(f"{shown_as(text)} is not a name: give printable text.")
@@ -58,7 +52,6 @@ def _plain_text(text: str) -> str:
 
 
 Degree = Annotated[int, Strict(), Field(ge=1, le=10**6)]
-OneForNow = Annotated[int, Strict(), Field(ge=1, le=10**6), AfterValidator(_only_one)]
 Layers = Annotated[int, Strict(), Field(ge=1, le=10**4)]
 Width = Annotated[int, Strict(), Field(ge=1, le=10**7)]
 OptionalWidth = Annotated[int, Strict(), Field(ge=0, le=10**7)]
@@ -70,6 +63,7 @@ RunTokens = Annotated[int, Strict(), Field(ge=1, le=10**17)]
 Bytes = Annotated[float, Strict(), Field(gt=0, le=1e18, allow_inf_nan=False)]
 Seconds = Annotated[float, Strict(), Field(gt=0, le=1e6, allow_inf_nan=False)]
 Size = Annotated[float, Strict(), Field(gt=0, le=1e12, allow_inf_nan=False)]
+Capacity = Annotated[float, Strict(), Field(gt=0, le=1e6, allow_inf_nan=False)]
 Exponent = Annotated[float, Strict(), Field(gt=0, le=100, allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(max_length=500), AfterValidator(_plain_text)]

@@ -13,10 +13,10 @@ from simcore.errors import InputError
 from simcore.models import ModelSpec
 from simcore.scenario.faults import FaultsTable
 from simcore.scenario.fields import (
+    Capacity,
     Degree,
     Flag,
     Metric,
-    OneForNow,
     Schedule,
     Seconds,
     StageLayers,
@@ -95,9 +95,18 @@ class ParallelTable(Table):
     )
     cp_ring: Degree = key_of("Ring part of cp, for usp.", 1, unit="ranks")
     cp_ulysses: Degree = key_of("Ulysses part of cp, for usp.", 1, unit="ranks")
-    ep: OneForNow = key_of("Expert-parallel degree; only 1 in this version.", 1, unit="ranks")
-    etp: OneForNow = key_of(
-        "Tensor parallelism of experts; only 1 in this version.", 1, unit="ranks"
+    ep: Degree = key_of(
+        "Ranks that share out the experts of a layer, out of dp x cp x tp.", 1, unit="ranks"
+    )
+    etp: Degree | None = key_of(
+        "Ranks that split each expert: tp, or with sequence_parallel 1, which are the defaults.",
+        None,
+        unit="ranks",
+    )
+    capacity_factor: Capacity | None = key_of(
+        "Rows that an expert takes from a rank, over the even share; more are dropped. By default "
+        "none is dropped where ep is 1, and 1.0 elsewhere.",
+        None,
     )
     microbatch: Degree = key_of("Sequences of one microbatch on one replica.", 1, unit="sequences")
     schedule: Schedule = key_of("Pipeline schedule, or a CSV file with one.", "1f1b")
@@ -131,7 +140,7 @@ class ParallelTable(Table):
 
     def resolve(self, microbatch: int | None) -> ParallelStrategy:
         """Return the strategy, with ``microbatch`` where it is known."""
-        skip = ("strategy", "etp", "microbatch")
+        skip = ("strategy", "microbatch")
         values = {key: getattr(self, key) for key in type(self).model_fields if key not in skip}
         return ParallelStrategy(microbatch=microbatch or self.microbatch, **values)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from hwmodels.training_memory import Layer, Rank, peak_bytes
-from validation.accuracy.table import Table, percent
 from validation.importers.training import Row, padded_vocab, rows_of
 
 FAMILIES = ("gpt", "moe", "mixtral")
@@ -57,7 +55,10 @@ def unfused(row: Row) -> bool:
 def predicted_bytes(row: Row) -> float:
     """Return the predicted peak of the last pipeline rank, which is the one that logs."""
     hidden, heads = _int(row, "hidden-size", 0), _int(row, "num-attention-heads", 1)
-    tp, pp = _int(row, "tensor-model-parallel-size", 1), _int(row, "pipeline-model-parallel-size", 1)
+    tp, pp = (
+        _int(row, "tensor-model-parallel-size", 1),
+        _int(row, "pipeline-model-parallel-size", 1),
+    )
     cp, ep = _int(row, "context-parallel-size", 1), _int(row, "expert-model-parallel-size", 1)
     gated, experts = bool(row["swiglu"]), _int(row, "num-experts", 0)
     # Megatron-LM's default widths: 4 h, or two thirds of it where a gate adds a third matrix.
@@ -73,7 +74,9 @@ def predicted_bytes(row: Row) -> float:
     dp = max(1, world // (tp * pp * cp))
     layers = _int(row, "num-layers", 0)
     chunk = _int(row, "num-layers-per-virtual-pipeline-stage", 0)
-    chunks = layers // pp // chunk if chunk else _int(row, "num-virtual-stages-per-pipeline-rank", 1)
+    chunks = (
+        layers // pp // chunk if chunk else _int(row, "num-virtual-stages-per-pipeline-rank", 1)
+    )
     rank = Rank(
         tp,
         pp,

@@ -33,7 +33,9 @@ def gpt(name: str, layers: int, hidden: int, heads: int, ffn: int = 0) -> ModelS
     )  # fmt: skip
 
 
-def step(model: ModelSpec, cluster: Cluster, parallel: ParallelStrategy, work: TrainStep) -> Metrics:
+def step(
+    model: ModelSpec, cluster: Cluster, parallel: ParallelStrategy, work: TrainStep
+) -> Metrics:
     """Return the estimated metrics of a training step; kernels are issued ahead at no cost."""
     program = lower_training(model, parallel, work)
     cost = ClusterCost(cluster, program.mesh)
