@@ -115,6 +115,7 @@ def test_a_span_has_the_colour_of_its_action() -> None:
         return Span(0, stream, "op", 0.0, 1.0, action)
 
     actions = {"0F1": "forward", "12BR3": "backward", "1O0": "optimizer", "": "forward"}
+    actions |= {"0I2": "input gradient", "3W1": "weight gradient"}
     assert {a: category(span(COMPUTE, a)) for a in actions} == actions
     assert category(span("dp", "0F1")) == "communication"
     assert set(actions.values()) | {"communication"} == set(COLOURS)

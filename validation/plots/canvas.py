@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 COLOURS = {
     "forward": "#56B4E9",
     "backward": "#0072B2",
+    "input gradient": "#D55E00",
+    "weight gradient": "#CC79A7",
     "optimizer": "#009E73",
     "communication": "#E69F00",
 }

@@ -18,10 +18,17 @@ KINDS = {
     "F": "forward",
     "B": "backward",
     "BR": "backward",
-    "I": "backward",
-    "W": "backward",
+    "I": "input gradient",
+    "W": "weight gradient",
+    "WR": "weight gradient",
     "O": "optimizer",
     "TIE": "communication",
+}
+NUMBERED = {  # kinds whose boxes hold a number, and its colour
+    "forward": "black",
+    "backward": "white",
+    "input gradient": "white",
+    "weight gradient": "black",
 }
 ACTION = re.compile(r"(\d+)([A-Z_]+)(\d+)$")
 
@@ -105,7 +112,10 @@ def timeline_figure(predicted: Timeline, measured: Timeline, title: str = "") ->
 
 
 def schedule_figure(line: Timeline, title: str = "") -> Figure:
-    """Return the actions of a pipeline: one box per action, with its microbatch's number."""
+    """Return the actions of a pipeline: one box per action, with its microbatch's number.
+
+    Of several stages on a rank the later ones are paler.
+    """
     found: dict[tuple[int, str], list[float]] = {}
     for span in line.spans:
         if span.stream == COMPUTE and ACTION.match(span.action):
@@ -113,9 +123,15 @@ def schedule_figure(line: Timeline, title: str = "") -> Figure:
             edges[:] = min(edges[0], span.start_s), max(edges[1], span.end_s)
     ranks = sorted({rank for rank, _ in found})
     figure, (axes,) = new_figure(1.3 + 0.5 * len(ranks))
+    stages: dict[int, list[int]] = {}
+    for rank, action in found:
+        match = ACTION.match(action)
+        assert match is not None
+        stages[rank] = sorted({*stages.get(rank, ()), int(match[1])})
     for (rank, action), (start, end) in found.items():
         match = ACTION.match(action)
         assert match is not None
+        later = stages[rank].index(int(match[1])) / max(1, len(stages[rank]) - 1)
         what, place = KINDS.get(match[2], "forward"), ranks.index(rank)
         axes.broken_barh(
             [(start * 1e3, (end - start) * 1e3)],
@@ -123,8 +139,9 @@ def schedule_figure(line: Timeline, title: str = "") -> Figure:
             facecolor=COLOURS[what],
             edgecolor="white",
             linewidth=0.8,
+            alpha=1 - 0.45 * later,
         )
-        if what in ("forward", "backward") and end - start > line.step_s / 60:
+        if what in NUMBERED and end - start > line.step_s / 60:
             axes.text(
                 (start + end) * 500,
                 place,
@@ -132,7 +149,7 @@ def schedule_figure(line: Timeline, title: str = "") -> Figure:
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white" if what == "backward" else "black",
+                color=NUMBERED[what],
             )
     axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
     axes.set_ylim(len(ranks) - 0.5, -0.5)
