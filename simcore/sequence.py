@@ -209,6 +209,16 @@ def ring_backward_bytes(split: SequenceSplit, tokens: float, kv_width: float, si
     return (2 * split.ring - 1) * tokens / split.degree * 2 * kv_width * size
 
 
+def lightseq_bytes(tokens: float, kv_width: float, size: float, ring: int) -> tuple[float, float]:
+    """Return the mean bytes that a rank fetches in forward, and sends and fetches in backward.
+
+    LightSeq (Li et al. 2023) fetches only the keys and values of earlier contiguous places, on
+    average those of (ring - 1) / 2; backward fetches them again and sends their gradients.
+    """
+    forward = (ring - 1) / 2 * tokens / ring * 2 * kv_width * size
+    return forward, 2 * forward
+
+
 def ulysses_bytes(
     split: SequenceSplit, tokens: float, width: float, kv_width: float, size: float
 ) -> float:

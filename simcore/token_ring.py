@@ -26,12 +26,15 @@ class _Exchange:
 
     def __init__(self, ring: Ring, away_bytes: float, home_bytes: float) -> None:
         self.ring = ring
-        self.beside = {AWAY: home_bytes, HOME: away_bytes}
+        self.beside = {AWAY: home_bytes / away_bytes, HOME: away_bytes / home_bytes}
 
     def shift(self, buffer: Buffer, name: str, out: str, distance: int) -> Op:
-        """Return the op that sends a buffer so many places on, or back."""
+        """Return the op that sends a buffer so many places on, or back.
+
+        ``beside_bytes``: its share of what the other way carries in the same step.
+        """
         way = AWAY if distance > 0 else HOME
-        attrs = {"distance": distance, "beside_bytes": self.beside[way]}
+        attrs = {"distance": distance, "beside_bytes": float(buffer.size_bytes) * self.beside[way]}
         dims = {"n": buffer.elements}
         axis = self.ring.split.ring_axis
         return Op("ring_shift", dims, buffer.dtype, (name,), (out,), way, axis, attrs)

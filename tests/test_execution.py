@@ -64,7 +64,8 @@ FALCON = replace(
     norms_per_layer=2,
 )
 GEMMA3 = replace(LLAMA, name="gemma3-like", activation="gelu_tanh", qk_norm=True, norms_per_layer=4)
-MODELS = {model.name: model for model in (LLAMA, TIED, GPT2, FALCON, GEMMA3)}
+BOTH_WAYS = replace(LLAMA, name="not-causal", causal=False)
+MODELS = {model.name: model for model in (LLAMA, TIED, GPT2, FALCON, GEMMA3, BOTH_WAYS)}
 TRAIN = TrainStep(global_batch=4, seq_len=8)
 
 
@@ -122,6 +123,7 @@ CASES = [
     case("ring", cp=2),
     case("ring-contiguous", cp=2, cp_layout="contiguous", microbatch=2),
     case("ring-striped", cp=2, cp_layout="striped"),
+    case("ring-not-causal", BOTH_WAYS, cp=2),
     case("ring-full-recompute", cp=2, recompute="full"),
     case("ring-zero3", cp=2, zero_stage=3),
     case("gpt2-ring", GPT2, cp=2, microbatch=2),
@@ -129,6 +131,7 @@ CASES = [
     case("token-ring", cp=2, cp_kind="token_ring", microbatch=2),
     case("ulysses", cp=2, cp_kind="ulysses"),
     case("gpt2-ulysses", GPT2, cp=2, cp_kind="ulysses", microbatch=2, zero_stage=1),
+    case("ulysses-not-causal", BOTH_WAYS, cp=2, cp_kind="ulysses"),
     # four ranks
     case("ring-of-four", cp=4),
     case("ring-of-four-contiguous", cp=4, cp_layout="contiguous"),

@@ -19,7 +19,10 @@ from validation.systems.frame import (
 )
 
 # Modules whose checks register when imported; a new module of checks is one name here.
-MODULES = ("linear_operators", "attention_operators", "recurrent_operators", "closed_forms")
+MODULES = (
+    *("linear_operators", "attention_operators", "recurrent_operators", "closed_forms"),
+    "sequence_checks",
+)
 for _module in MODULES:
     import_module(f"validation.systems.{_module}")
 
