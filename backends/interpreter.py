@@ -327,4 +327,5 @@ class Interpreter:
         if op.kind == "all_reduce":
             return self.transport.all_reduce(target, op.group)
         call = getattr(self.transport, op.kind)
-        return call(target, reads[0].contiguous(), op.group)  # type: ignore[no-any-return]
+        how = {"distance": op.attrs["distance"]} if "distance" in op.attrs else {}
+        return call(target, reads[0].contiguous(), op.group, **how)  # type: ignore[no-any-return]

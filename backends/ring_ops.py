@@ -123,11 +123,12 @@ def _merge(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
     return (total.view(left.shape), lse)
 
 
-def _kv_pack(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
-    return (reads[0][:, -op.dims["n"] :].contiguous(),)
+def _take_columns(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
+    first = op.attrs["first"]
+    return (_copied(reads[0][:, first : first + op.dims["n"]]),)
 
 
-def _qkv_join(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
+def _join_columns(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
     return (torch.cat((reads[0], reads[1]), 1),)
 
 
@@ -162,7 +163,7 @@ RING_OPS: dict[str, Callable[..., Results]] = {
     "attention_block": _block,
     "attention_block_backward": _block_backward,
     "attention_merge": _merge,
-    "kv_pack": _kv_pack,
-    "qkv_join": _qkv_join,
+    "take_columns": _take_columns,
+    "join_columns": _join_columns,
     "regroup": _regroup,
 }

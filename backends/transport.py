@@ -136,12 +136,12 @@ class Distributed:
             dist.all_to_all_single(out, tensor, group=self.groups[group], async_op=True)
         )
 
-    def ring_shift(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
-        """Send ``tensor`` to the next member; fill ``out`` with what the one before sends."""
+    def ring_shift(self, out: Tensor, tensor: Tensor, group: str, distance: int = 1) -> Handle:
+        """Send ``tensor`` ``distance`` places on round the group; fill ``out`` from as far back."""
         self._record("ring_shift", group, tensor)
         ranks, where = group_ranks(self.mesh, group, self.rank), self.groups[group]
         here = ranks.index(self.rank)
-        following, previous = ranks[(here + 1) % len(ranks)], ranks[here - 1]
+        following, previous = (ranks[(here + d) % len(ranks)] for d in (distance, -distance))
         sent = dist.P2POp(dist.isend, tensor, following, where)
         return Several(dist.batch_isend_irecv([sent, dist.P2POp(dist.irecv, out, previous, where)]))
 
@@ -201,7 +201,7 @@ class Local:
         out.copy_(tensor)
         return Done()
 
-    def ring_shift(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+    def ring_shift(self, out: Tensor, tensor: Tensor, group: str, distance: int = 1) -> Handle:
         """Copy the tensor."""
         self._record("ring_shift", group, tensor)
         out.copy_(tensor)

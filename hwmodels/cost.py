@@ -20,7 +20,7 @@ from hwmodels.hardware import Cluster
 from hwmodels.hosts import NO_HOST, Host
 from hwmodels.kernels import KERNELS, as_measured, family, fitted, product_dtype, roofline
 from hwmodels.profile import Profile
-from hwmodels.topology import Topology, make_topology, max_min_rates, members_per_node
+from hwmodels.topology import Topology, is_mesh, make_topology, max_min_rates, members_per_node
 from simcore.ops import Op, Size, work
 from simcore.program import axis_degree, folded
 
@@ -89,6 +89,8 @@ class ClusterCost:
             return self._kernel_seconds(op)
         fit = self.profile.collectives if self.profile else None
         payload = work(op).payload_bytes
+        if "beside_bytes" in op.attrs and not is_mesh(self.cluster):
+            payload = payload + op.attrs["beside_bytes"]  # both ways leave through one port
         if op.kind == "ring_shift" and self.profile is not None:
             latency_s, s_per_byte = self.profile.messages
             return latency_s + s_per_byte * payload

@@ -60,7 +60,7 @@ class Topology:
     def per_node(self) -> int:
         """Links inside one node."""
         ranks = self.cluster.gpus_per_node
-        if _is_mesh(self.cluster):
+        if is_mesh(self.cluster):
             return ranks * (ranks - 1)
         return 2 * ranks
 
@@ -79,7 +79,7 @@ class Topology:
 
     def _inside(self, node: int, i: int, j: int) -> Path:
         first, ranks = node * self.per_node, self.cluster.gpus_per_node
-        if _is_mesh(self.cluster):
+        if is_mesh(self.cluster):
             return (first + i * (ranks - 1) + j - (j > i),)
         back = ranks if self.cluster.scale_up.duplex else 0
         return (first + i, first + back + j)
@@ -100,7 +100,7 @@ class Topology:
         return float(self.latencies[list(path)].sum()) if path else 0.0
 
 
-def _is_mesh(cluster: Cluster) -> bool:
+def is_mesh(cluster: Cluster) -> bool:
     return cluster.scale_up.kind == "mesh"
 
 
@@ -120,7 +120,7 @@ def make_topology(cluster: Cluster, oversubscription: float = 1.0) -> Topology:
         raise InputError(f"oversubscription {oversubscription} must be 1 or more.")
     up, out, nodes = cluster.scale_up, cluster.scale_out, cluster.nodes
     ranks, adapters = cluster.gpus_per_node, _adapters(cluster)
-    mesh = _is_mesh(cluster)
+    mesh = is_mesh(cluster)
     inside = nodes * (ranks * (ranks - 1) if mesh else 2 * ranks)
     up_rate = (up.peer_rate_bytes_per_s if mesh else up.bytes_per_s) * up.efficiency
     node_rate = out.bytes_per_s * out.efficiency * ranks

@@ -8,7 +8,7 @@ gradient buffers, gathers and reductions, sends and receives, the optimizer, and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 
@@ -451,7 +451,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         "seq_len": workload.seq_len,
         "vocab": model.vocab,
         "dp": parallel.dp,
-        "split": (parallel.split.ring, parallel.split.ulysses, parallel.split.layout),
+        "split": astuple(parallel.split),
         "keep": ("loss",),
         "schedule": parallel.schedule,
     }

@@ -9,16 +9,20 @@ them until they are home; each block's gradients follow from the merged output a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from simcore.ops import Buffer, Op
 from simcore.sequence import SequenceSplit, Tile, busiest, tiles
+from simcore.token_ring import query_ring, query_ring_adjoint
 
 if TYPE_CHECKING:
     from simcore.adjoints import Tape
     from simcore.network import Builder, Rows
 
 STREAM = "cp"
+Sizes = tuple[int, int, int, int, int]  # batch, rows, heads, KV heads, head width
 
 
 def split_attention(
@@ -34,7 +38,8 @@ def split_attention(
     inside = rows.batch, rows.new * parts, heads // parts, kv_heads // parts, d
     if parts > 1:
         qkv = _exchange(b, split, qkv, rows.batch, rows.new, pieces, to_heads=True)
-    out = _ring(b, split, qkv, inside, causal) if split.ring > 1 else _alone(b, qkv, inside, causal)
+    way = _WAYS[split.travels if split.ring > 1 else ""]
+    out = way(b, Ring(split, inside, causal, b.dtype), qkv)
     if parts > 1:
         out = _exchange(b, split, out, rows.batch, rows.new, pieces[:1], to_heads=False)
     return out
@@ -70,59 +75,34 @@ def _exchange(
     return b.op("regroup", (came,), (out,), attrs={**last, "inverse": True}, **count)
 
 
-Sizes = tuple[int, int, int, int, int]  # batch, rows, heads, KV heads, head width
-
-
-def _alone(b: Builder, qkv: str, sizes: Sizes, causal: bool) -> str:
+def _alone(b: Builder, ring: Ring, qkv: str) -> str:
     """Append attention of whole sequences."""
-    batch, rows, heads, kv_heads, d = sizes
-    out = b.act("o", batch * rows, heads * d)
-    lse = b.act("lse", batch, heads, rows, dtype="fp32")
-    dims: dict[str, Any] = {
-        "b": batch,
-        "s": rows,
-        "kv": rows,
-        "h": heads,
-        "hkv": kv_heads,
-        "d": d,
-        "dv": d,
-    }
-    return b.op("attention", (qkv,), (out, lse), attrs={"causal": causal}, **dims)
+    batch, rows, heads, kv_heads, d = ring.sizes
+    out, lse = ring.pair(b, "")
+    dims: dict[str, Any] = {"b": batch, "s": rows, "kv": rows, "h": heads, "hkv": kv_heads}
+    attrs = {"causal": ring.causal}
+    return b.op("attention", (qkv,), (out, lse), attrs=attrs, d=d, dv=d, **dims)
 
 
-def _ring(b: Builder, split: SequenceSplit, qkv: str, sizes: Sizes, causal: bool) -> str:
-    """Append ring attention of rows whose sequences lie on the ring."""
-    batch, rows, heads, kv_heads, d = sizes
-    width, tokens = 2 * kv_heads * d, batch * rows
-    ring = _Ring(split, sizes, causal, b.dtype)
-    block = b.act("kv.0", tokens, width)
+def _ring(b: Builder, ring: Ring, qkv: str) -> str:
+    """Append attention in which keys and values go round; return the output."""
+    block, last = b.act("kv.0", ring.tokens, ring.kv_width), ring.split.ring - 1
     b.ops.append(ring.packed(qkv, block))
-    total: tuple[str, ...] = ()
-    for step in range(split.ring):
-        if step + 1 < split.ring:
-            b.act(f"kv.{step + 1}", tokens, width)
-            b.ops.append(ring.shifted(block, f"kv.{step + 1}"))
-        part = tuple(f"{name}.{step}" for name in ("o", "lse"))
-        _declare(b, part, sizes)
+    total: tuple[str, str] | None = None
+    for step in range(last + 1):
+        if step < last:
+            b.ops.append(ring.shifted(block, b.act(f"kv.{step + 1}", ring.tokens, ring.kv_width)))
+        part = ring.pair(b, f".{step}")
         b.ops.append(ring.block("attention_block", step, (qkv, block), part))
-        if total:
-            ends = step + 1 == split.ring
-            merged = tuple(name if ends else f"{name}.to{step}" for name in ("o", "lse"))
-            _declare(b, merged, sizes)
-            attrs = ring.merge_attrs(qkv)
-            b.op("attention_merge", (*total, *part), merged, t=tokens, n=heads * d, attrs=attrs)
+        if total is not None:
+            merged = ring.pair(b, "" if step == last else f".to{step}")
+            b.ops.append(ring.merge(qkv, total, part, merged))
             part = merged
         total, block = part, f"kv.{step + 1}"
-    return total[0]
+    return "o"
 
 
-def _declare(b: Builder, names: tuple[str, ...], sizes: Sizes) -> None:
-    batch, rows, heads, _, d = sizes
-    b.act(names[0], batch * rows, heads * d)
-    b.act(names[1], batch, heads, rows, dtype="fp32")
-
-
-class _Ring:
+class Ring:
     """The ops that forward and backward of one ring share."""
 
     def __init__(self, split: SequenceSplit, sizes: Sizes, causal: bool, dtype: str) -> None:
@@ -131,25 +111,38 @@ class _Ring:
         self.tokens, self.q_width, self.kv_width = batch * rows, heads * d, 2 * kv_heads * d
 
     @classmethod
-    def of(cls, merge: Op) -> _Ring:
+    def of(cls, merge: Op) -> Ring:
         """Return the ring of a merge, from its attributes."""
         a = merge.attrs
         return cls(SequenceSplit(*a["split"]), a["sizes"], a["causal"], merge.dtype)
 
-    def merge_attrs(self, source: str) -> dict[str, Any]:
-        """Return what backward needs to know of the ring whose merge carries it."""
-        split = self.split
-        return {
+    def pair(self, b: Builder, suffix: str) -> tuple[str, str]:
+        """Declare an output [tokens, width] and its lse; return their names."""
+        batch, rows, heads, _, _ = self.sizes
+        out = b.act(f"o{suffix}", self.tokens, self.q_width)
+        return out, b.act(f"lse{suffix}", batch, heads, rows, dtype="fp32")
+
+    def merge(
+        self, source: str, left: tuple[str, str], right: tuple[str, str], out: tuple[str, str]
+    ) -> Op:
+        """Return the op that joins two partial outputs, with what backward needs of its ring."""
+        attrs = {
             "source": source,
-            "split": (split.ring, split.ulysses, split.layout),
+            "split": astuple(self.split),
             "sizes": self.sizes,
             "causal": self.causal,
         }
+        dims = {"t": self.tokens, "n": self.q_width}
+        return Op("attention_merge", dims, self.dtype, (*left, *right), out, attrs=attrs)
+
+    def columns(self, x: str, out: str, first: int, width: int) -> Op:
+        """Return the op that copies ``width`` columns of packed rows, from column ``first`` on."""
+        dims = {"t": self.tokens, "n": width}
+        return Op("take_columns", dims, self.dtype, (x,), (out,), attrs={"first": first})
 
     def packed(self, qkv: str, block: str) -> Op:
         """Return the op that copies keys and values out of packed rows."""
-        dims = {"t": self.tokens, "n": self.kv_width}
-        return Op("kv_pack", dims, self.dtype, (qkv,), (block,))
+        return self.columns(qkv, block, self.q_width, self.kv_width)
 
     def shifted(self, block: str, following: str) -> Op:
         """Return the op that passes a block to the next rank."""
@@ -174,13 +167,13 @@ class _Ring:
         return Op("add", {"t": self.tokens, "n": width}, self.dtype, (left, right), (out,))
 
 
-def merge_adjoint(op: Op, tape: Tape) -> None:
+def _ring_adjoint(op: Op, ring: Ring, tape: Tape) -> None:
     """Emit the backward ring of the merge that ends a forward ring.
 
     No earlier op of the ring has a gradient of its own: the ring runs again, with the merged
     output and lse.
     """
-    ring, (out, lse), qkv = _Ring.of(op), op.writes, op.attrs["source"]
+    (out, lse), qkv = op.writes, op.attrs["source"]
 
     def fresh(name: str, width: int) -> str:
         tape.buffers.setdefault(name, Buffer((ring.tokens, width), ring.dtype))
@@ -205,10 +198,27 @@ def merge_adjoint(op: Op, tape: Tape) -> None:
         emit(ring.shifted(part[1], home))
         queries, block = part[0], f"kv.{step + 1}"
     width = {"t": ring.tokens, "n": ring.q_width + ring.kv_width}
-    tape.contribute(qkv, "qkv_join", width, op.dtype, (queries, home))
+    tape.contribute(qkv, "join_columns", width, op.dtype, (queries, home))
 
 
 def regroup_adjoint(op: Op, tape: Tape) -> None:
     """The gradient is put back the way that the rows came."""
     attrs = {**op.attrs, "inverse": not op.attrs["inverse"]}
     tape.contribute(op.reads[0], "regroup", op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs)
+
+
+_WAYS: dict[str, Callable[[Builder, Ring, str], str]] = {
+    "": _alone,
+    "keys": _ring,
+    "queries": query_ring,
+}
+_BACK: dict[str, Callable[[Op, Ring, Tape], None]] = {
+    "keys": _ring_adjoint,
+    "queries": query_ring_adjoint,
+}
+
+
+def merge_adjoint(op: Op, tape: Tape) -> None:
+    """Emit the backward ring that a forward ring's last merge stands for."""
+    ring = Ring.of(op)
+    _BACK[ring.split.travels](op, ring, tape)

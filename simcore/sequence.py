@@ -32,6 +32,7 @@ class SequenceSplit:
     ring: int = 1
     ulysses: int = 1
     layout: str = "zigzag"
+    travels: str = "keys"  # what goes round the ring: keys and values, or queries
 
     @property
     def degree(self) -> int:
@@ -123,14 +124,17 @@ def positions(split: SequenceSplit, length: int, place: int, part: int) -> NDArr
 def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Tile, ...]:
     """Return per ring place the tile of step ``step``, in which place r has the keys of r - step.
 
-    ``rows`` are those of one ring place.
+    Where queries travel, it has the queries of r - step instead. ``rows``: those of one ring place.
     """
     if not causal:
         return ((0, rows, 0, rows, False),) * split.ring
     if step == 0:
         return ((0, rows, 0, rows, True),) * split.ring
     tile = LAYOUTS[split.layout][1]
-    return tuple(tile(rows, place, (place - step) % split.ring) for place in range(split.ring))
+    pairs = [(place, (place - step) % split.ring) for place in range(split.ring)]
+    if split.travels == "queries":
+        pairs = [(source, place) for place, source in pairs]
+    return tuple(tile(rows, place, source) for place, source in pairs)
 
 
 def visible(tile: Tile) -> float:
@@ -178,7 +182,8 @@ def mean_share(op: Op) -> float:
     """Return the mean over ranks of an op's products, relative to the rank with most to do."""
     if "tiles" not in op.attrs:
         return 1.0
-    areas = [(t[1] - t[0]) * (t[3] - t[2]) for t in op.attrs["tiles"]]
+    found: tuple[Tile, ...] = op.attrs["tiles"]
+    areas = [(t[1] - t[0]) * (t[3] - t[2]) for t in found]
     return sum(areas) / len(areas) / float(op.dims["s"] * op.dims["kv"])
 
 
@@ -202,6 +207,16 @@ def ring_backward_bytes(split: SequenceSplit, tokens: float, kv_width: float, si
     if split.ring == 1:
         return 0.0
     return (2 * split.ring - 1) * tokens / split.degree * 2 * kv_width * size
+
+
+def lightseq_bytes(tokens: float, kv_width: float, size: float, ring: int) -> tuple[float, float]:
+    """Return the mean bytes that a rank fetches in forward, and sends and fetches in backward.
+
+    LightSeq (Li et al. 2023) fetches only the keys and values of earlier contiguous places, on
+    average those of (ring - 1) / 2; backward fetches them again and sends their gradients.
+    """
+    forward = (ring - 1) / 2 * tokens / ring * 2 * kv_width * size
+    return forward, 2 * forward
 
 
 def ulysses_bytes(

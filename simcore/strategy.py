@@ -36,7 +36,7 @@ class ParallelStrategy:
     zero_stage: int | None = None  # None: 3 where dp_shard > 1, else 0
     sequence_parallel: bool = False
     recompute: str = "none"
-    cp_kind: str = "ring"  # or ulysses, or usp: both
+    cp_kind: str = "ring"  # or token_ring (queries travel), ulysses, usp: ring and ulysses
     cp_layout: str = "zigzag"  # which rows a place on the ring holds
     cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses
     cp_ulysses: int = 1
@@ -44,9 +44,9 @@ class ParallelStrategy:
     @property
     def split(self) -> SequenceSplit:
         """How a sequence is split over the cp ranks."""
-        rings = {"ring": self.cp, "ulysses": 1, "usp": self.cp_ring}
-        ring = rings[self.cp_kind]
-        return SequenceSplit(ring, self.cp // ring, self.cp_layout)
+        ring = {"ulysses": 1, "usp": self.cp_ring}.get(self.cp_kind, self.cp)
+        travels = "queries" if self.cp_kind == "token_ring" else "keys"
+        return SequenceSplit(ring, self.cp // ring, self.cp_layout, travels)
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -173,7 +173,7 @@ def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> 
     stage_layers(model, parallel)
 
 
-CP_KINDS = ("ring", "ulysses", "usp")
+CP_KINDS = ("ring", "token_ring", "ulysses", "usp")
 
 
 def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) -> None:

@@ -69,8 +69,13 @@ DEEPER = replace(LLAMA, name="deeper", layers=8)
 DEEP_TIED = replace(GPT2, name="deep-gpt2", layers=4)
 MIXTRAL = replace(LLAMA, name="mixtral-like", experts=4, experts_per_token=2, moe_ffn=12, ffn=0)
 SHARED = replace(MIXTRAL, name="shared-like", dense_layers=1, shared_experts=2, ffn=24)
+BOTH_WAYS = replace(LLAMA, name="not-causal", causal=False)
 MODELS = {
-    m.name: m for m in (LLAMA, TIED, GPT2, FALCON, GEMMA3, MIXTRAL, SHARED, DEEP, DEEPER, DEEP_TIED)
+    m.name: m
+    for m in (
+        *(LLAMA, TIED, GPT2, FALCON, GEMMA3, MIXTRAL, SHARED, DEEP, DEEPER, DEEP_TIED),
+        BOTH_WAYS,
+    )
 }
 TRAIN = TrainStep(global_batch=4, seq_len=8)
 
@@ -172,16 +177,21 @@ CASES = [
     case("ring", cp=2),
     case("ring-contiguous", cp=2, cp_layout="contiguous", microbatch=2),
     case("ring-striped", cp=2, cp_layout="striped"),
+    case("ring-not-causal", BOTH_WAYS, cp=2),
     case("ring-full-recompute", cp=2, recompute="full"),
     case("ring-zero3", cp=2, zero_stage=3),
     case("gpt2-ring", GPT2, cp=2, microbatch=2),
     case("gemma3-ring-striped", GEMMA3, cp=2, cp_layout="striped"),
+    case("token-ring", cp=2, cp_kind="token_ring", microbatch=2),
     case("ulysses", cp=2, cp_kind="ulysses"),
     case("gpt2-ulysses", GPT2, cp=2, cp_kind="ulysses", microbatch=2, zero_stage=1),
+    case("ulysses-not-causal", BOTH_WAYS, cp=2, cp_kind="ulysses"),
     # four ranks
     case("ring-of-four", cp=4),
     case("ring-of-four-contiguous", cp=4, cp_layout="contiguous"),
     case("ring-of-four-striped", cp=4, cp_layout="striped", zero_stage=2),
+    case("token-ring-of-four", cp=4, cp_kind="token_ring"),
+    case("token-ring-of-four-gpt2", GPT2, cp=4, cp_kind="token_ring", cp_layout="contiguous"),
     case("usp", cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2),
     case("usp-gpt2", GPT2, cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2, zero_stage=3),
     case("ring-dp", cp=2, dp_replicate=2, cp_layout="contiguous"),

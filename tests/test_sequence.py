@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import GPT2, LLAMA, Wires, cluster_cost
 
+from hwmodels.cost import ClusterCost
 from simcore.accounting import step_totals
 from simcore.engine import simulate
 from simcore.errors import InputError
@@ -32,19 +33,26 @@ from simcore.sequence import (
     visible,
 )
 from simcore.strategy import ParallelStrategy
+from simcore.token_ring import query_ring_bytes
 from simcore.workloads import TrainStep
 
 SEQ = 128
 FAR = 4096  # long enough for attention to matter
 STRATEGIES = {
     **{f"ring-{layout}": {"cp": 4, "cp_layout": layout} for layout in LAYOUTS},
+    "token-ring": {"cp": 4, "cp_kind": "token_ring"},
+    "token-ring-striped": {"cp": 4, "cp_kind": "token_ring", "cp_layout": "striped"},
     "ulysses": {"cp": 2, "cp_kind": "ulysses"},
     "usp": {"cp": 4, "cp_kind": "usp", "cp_ring": 2, "cp_ulysses": 2},
     "ring-tp-pp": {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True},
     "ring-zero3": {"cp": 2, "dp_shard": 2, "dp_replicate": 2},
 }
 SPLITS = st.builds(
-    SequenceSplit, st.integers(1, 6), st.integers(1, 3), st.sampled_from(sorted(LAYOUTS))
+    SequenceSplit,
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from(["keys", "queries"]),
 )
 
 
@@ -80,6 +88,8 @@ def test_tiles_are_what_the_mask_leaves(split: SequenceSplit, times: int, causal
         found = tiles(split, length // split.ring, step, causal)
         for place, (q0, q1, k0, k1, masked) in enumerate(found):
             queries, keys = held[place], held[(place - step) % split.ring]
+            if split.travels == "queries":
+                queries, keys = keys, queries
             needed = (
                 queries[:, None] >= keys[None] if causal else np.ones((len(queries),) * 2, bool)
             )
@@ -99,6 +109,8 @@ def test_pairs_add_up_and_zigzag_is_even(split: SequenceSplit, times: int) -> No
     assert loads.sum() == length * (length + 1) / 2
     if split.layout == "contiguous":
         steps = np.arange(split.ring)
+        if split.travels == "queries":
+            steps = steps[::-1]
         assert np.array_equal(loads, rows * (rows + 1) / 2 + steps * rows * rows)
     if split.pairs or split.ring == 1:
         assert np.ptp(loads) == 0
@@ -158,6 +170,36 @@ def test_bytes_follow_the_closed_forms(model: ModelSpec, ring: int, ulysses: int
     for block in ("layer.F", "layer.B"):
         moved = payload(program, "all_to_all", block)
         assert moved == ulysses_bytes(split, SEQ, width, kv_width, size)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_ring_of_queries_sends_queries_away_and_outputs_home(kv_heads: int) -> None:
+    model = replace(LLAMA, kv_heads=kv_heads)
+    program = lowered(model=model, cp=4, cp_kind="token_ring")
+    width, size = model.heads * model.head_dim, 2
+    away, home = query_ring_bytes(SequenceSplit(4), SEQ, width, model.heads, size)
+    found: Counter[str] = Counter()
+    for op in program.blocks["layer.F"].ops:
+        if op.kind == "ring_shift":
+            found[op.stream] += float(work(op).payload_bytes)
+    assert found == {"cp": away, "cp.home": home}
+    keys = ring_bytes(SequenceSplit(4), SEQ, kv_heads * model.head_dim, size)
+    assert (away < keys) == (kv_heads == model.heads)  # one way carries half of K and V, or more
+
+
+def test_two_ways_help_where_links_have_two() -> None:
+    """Over a mesh of links each way has wires of its own; through a switch both share a port."""
+    model = replace(LLAMA, kv_heads=LLAMA.heads)
+    steps = {}
+    for kind in ("ring", "token_ring"):
+        program = lowered(FAR, model, cp=4, cp_kind=kind)
+        for links in ("switch", "mesh"):
+            cost = cluster_cost(program, bandwidth=0.02)
+            up = replace(cost.cluster.scale_up, kind=links)
+            cost = ClusterCost(replace(cost.cluster, scale_up=up), program.mesh)
+            steps[kind, links] = estimate(program, cost, cost).step_s
+    assert steps["token_ring", "mesh"] < steps["ring", "mesh"]
+    assert steps["token_ring", "mesh"] < steps["token_ring", "switch"]
 
 
 def test_ulysses_moves_as_much_when_length_and_ranks_double_together() -> None:
