@@ -218,7 +218,7 @@ def place_group(axis: str, strategy: Mesh, cluster: Cluster) -> GroupLayout:
     (``etp``, where the strategy has it).
     """
     if axis == "ep":
-        degree, inner = int(getattr(strategy, "ep", 1)), int(getattr(strategy, "etp", 1))
+        degree, inner = int(getattr(strategy, "ep", 1)), int(getattr(strategy, "etp", 1) or 1)
     elif axis in AXIS_GROUPS:
         axes = AXIS_GROUPS[axis]
         degree = math.prod(int(getattr(strategy, name)) for name in axes)

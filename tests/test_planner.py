@@ -193,8 +193,16 @@ def test_progress_is_heard_and_top_is_checked() -> None:
 
 
 def test_a_model_that_cannot_be_lowered_is_refused_with_its_reason() -> None:
-    plan: Plan = search(
-        question(2, model=replace(SMALL, experts=4, experts_per_token=2, moe_ffn=64))
-    )
+    plan: Plan = search(question(2, model=replace(SMALL, position="alibi")))
     assert plan.candidates == ()
     assert set(plan.reasons) == {"not lowered"}
+
+
+def test_layers_of_two_kinds_are_priced_as_the_machines_do() -> None:
+    """Layers with experts have no bounds: every strategy that can be laid out is priced."""
+    model = replace(SMALL, experts=4, experts_per_token=2, moe_ffn=64, dense_layers=1)
+    asked = question(2, model=model)
+    plan = search(asked)
+    assert len(plan.candidates) > 1
+    best = plan.candidates[0]
+    assert best.metrics["step_s"] == price(asked, best.strategy)["step_s"]
