@@ -84,9 +84,7 @@ def megatron_runs(path: Path) -> list[Run]:
         hidden, layers, heads = (int(n) for n in re.findall(r"=(\d+)", row["model"]))
         tp, dp, pp, mbs = (int(n) for n in re.findall(r"(\d+)", row["parallel"]))
         seq_len = int(row["seq_len"])
-        parallel = ParallelStrategy(
-            dp_replicate=dp, tp=tp, pp=pp, microbatch=mbs, recompute="full"
-        )
+        parallel = ParallelStrategy(dp_replicate=dp, tp=tp, pp=pp, microbatch=mbs, recompute="full")
         step = TrainStep(int(row["batch_or_concurrency"].split("=")[1]), seq_len)
         model = gpt(layers, hidden, heads, padded_vocab(tp), seq_len)
         seconds = float(row["value"]) / 1e3
