@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from hwmodels.cost import ATTENTION_KINDS, ClusterCost
 from simcore.errors import InputError, unknown
 from simcore.ops import COMMUNICATION, COMPUTE, WORK, Op, Size
@@ -36,7 +38,7 @@ class Framework:
     ``kernels``: launches for one op of a kind, 1 where it is not named; ``passes``: traffic of an
     elementwise kind over that of the program, 0 where another kernel does it on its way.
     ``issue_s``: host time per kernel; ``call_s``: per collective or message, and ``call_rank_s``
-    more for every rank of its group; ``*_share``: part of their benchmarked speed that kernels of
+    more for every rank of its group; ``skew_s``: mean delay of a rank that a collective waits for; ``*_share``: part of their benchmarked speed that kernels of
     a family keep; ``step_s``: work of a step that belongs to no op.
     """
 
@@ -47,6 +49,7 @@ class Framework:
     issue_s: float = 0.0
     call_s: float = 0.0
     call_rank_s: float = 0.0
+    skew_s: float = 0.0
     matmul_share: float = 1.0
     attention_share: float = 1.0
     memory_share: float = 1.0
@@ -67,7 +70,7 @@ class Framework:
                     f"{share} {getattr(self, share)} of framework {self.name!r} must be above 0 "
                     "and at most 1."
                 )
-        if min(self.issue_s, self.call_s, self.call_rank_s, self.step_s) < 0:
+        if min(self.issue_s, self.call_s, self.call_rank_s, self.skew_s, self.step_s) < 0:
             raise InputError(f"seconds of framework {self.name!r} must be 0 or above.")
 
 
@@ -160,6 +163,11 @@ def attention_parts(op: Op) -> tuple[Op, ...]:
     )
 
 
+def harmonic(ranks: int) -> float:
+    """Return 1 + 1/2 + ... + 1/n: the mean of the largest of n exponential delays of mean 1."""
+    return sum(1 / number for number in range(1, ranks + 1))
+
+
 @dataclass(frozen=True, slots=True)
 class FrameworkCost:
     """A cluster's cost model as a framework uses it; also its network."""
@@ -174,9 +182,11 @@ class FrameworkCost:
 
     def seconds(self, op: Op) -> Size:
         """Return the seconds of all kernels that the framework runs for ``op``."""
-        if op.is_communication:
-            return self.base.seconds(op)
         framework = self.framework
+        if op.is_communication:
+            ranks = int(np.max(self.base.layout(op.group).ranks))
+            wait = framework.skew_s * harmonic(ranks) if ranks > 1 else 0.0
+            return self.base.seconds(op) + wait
         if op.kind in ATTENTION_KINDS:
             unfused = framework.attention == "unfused"
             parts = attention_parts(op) if unfused else (op,)
@@ -196,7 +206,7 @@ class FrameworkCost:
         if op.kind == "alias" or framework.passes.get(op.kind) == 0:
             return 0.0
         if op.kind in COMMUNICATION:
-            ranks = self.base.layout(op.group).degree if op.group not in ("", "pp") else 2
+            ranks = self.base.layout(op.group).ranks if op.group not in ("", "pp") else 2
             return framework.call_s + framework.call_rank_s * ranks
         return framework.issue_s * framework.kernels.get(op.kind, 1.0)
 

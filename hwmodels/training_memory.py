@@ -8,6 +8,8 @@ dropout (one byte). They are kept whole on every tensor rank outside the paralle
 the sequence is sharded too. Unfused attention also keeps probabilities, their dropout's mask and
 its result: 5 bytes a pair of tokens and head. Full recomputation keeps a layer's input, and one
 layer's activations while its backward runs. Logits are kept in 16 bits and, for the loss, in fp32.
+A framework that leaves fusion to no one (``eager``) also keeps the gate's result, the gathered
+inputs of products, vectors before and after rotation, and every step of the loss.
 
 A 1F1B rank r of p keeps p - r microbatches; with v chunks of layers interleaved it keeps
 (v - 1) p + 2 (p - 1 - r) + 1 chunks (Narayanan et al. 2021, section 2.2; Megatron-LM schedules.py).
@@ -23,6 +25,7 @@ from simcore.errors import InputError
 # Megatron-LM at rest, beside the states that the formula gives.
 WORKSPACE_BYTES = 7.0e7
 LOGIT_BYTES = 6.0  # 16 bits, and fp32 for the loss
+EAGER_LOGIT_BYTES = 14.0  # beside both, their distance from the maximum and its exponential
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Rank:
     state_bytes: float = 12.0  # fp32 copy and Adam's two moments
     sharded_states: bool = False  # over data parallel ranks
     sharded_all: bool = False  # weights and gradients too
+    eager: bool = False  # torch's own ops one by one, each keeping its inputs
 
     def __post_init__(self) -> None:
         if self.recompute not in ("none", "full"):
@@ -107,7 +111,10 @@ def activation_bytes(layer: Layer, rank: Rank, batch: int, seq_len: int) -> floa
     outside = (8.0 + 2.0 * rank.dropout) * h / whole  # norms' and products' inputs, two masks
     inside = 2.0 * (2 * query + 2 * layer.kv_heads * layer.head_dim) / rank.tp
     core = 5.0 * layer.heads * seq_len / rank.tp if rank.unfused else 0.0
-    wide = (3.0 if layer.gated else 2.0) * 2.0 * layer.ffn
+    wide = (3.0 + rank.eager if layer.gated else 2.0) * 2.0 * layer.ffn
+    if rank.eager:  # inputs of products gathered; queries, keys and values before rotation as well
+        outside += 4.0 * h * (1 - 1 / whole)
+        inside += 2.0 * (query + 2 * layer.kv_heads * layer.head_dim) / rank.tp
     if not layer.experts:
         return tokens * (outside + inside + core + wide / rank.tp)
     # Each token is copied to its experts; rows gather over the tensor ranks that share an expert.
@@ -148,6 +155,9 @@ def peak_bytes(
         held = flying * layers / rank.chunks * inputs
     else:
         held = flying * layers / rank.chunks * kept
-    logits = tokens * vocab_rows / rank.tp * LOGIT_BYTES if rank.rank == rank.pp - 1 else 0.0
+    logits = 0.0
+    if rank.rank == rank.pp - 1:
+        logits = tokens * vocab_rows / rank.tp
+        logits *= EAGER_LOGIT_BYTES if rank.eager else LOGIT_BYTES
     beside = kept if rank.recompute == "full" else 0.0
     return states + WORKSPACE_BYTES + held + max(logits, beside)

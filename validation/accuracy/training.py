@@ -45,6 +45,7 @@ BOUNDS = {
     "issue_s": (1e-6, 2e-4),
     "call_s": (1e-6, 1e-3),
     "call_rank_s": (1e-7, 1e-3),
+    "skew_s": (1e-7, 1e-3),
     "matmul_share": (0.5, 1.0),
     "attention_share": (0.2, 1.0),
     "memory_share": (0.2, 1.0),
