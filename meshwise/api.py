@@ -98,7 +98,7 @@ def largest(scenario: Source, what: str, *, profile: str | Path | None = None) -
     ``what``: "global_batch", "microbatch", "seq_len" or "layers". The result names the next
     larger value and the bytes that it lacks.
     """
-    from meshwise.largest import largest_scenario
+    from meshwise.sizes import largest_scenario
 
     return largest_scenario(load(scenario), what, profile)
 

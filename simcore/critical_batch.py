@@ -89,7 +89,7 @@ class LossCurve:
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Return the loss of a network of ``parameters`` after ``tokens``."""
-        return self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta
+        return float(self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta)
 
     def tokens(self, parameters: float, loss: float) -> float:
         """Return the tokens to a loss; infinite where the network never reaches it."""

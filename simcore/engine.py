@@ -8,7 +8,7 @@ and their finish is planned anew whenever the set of flows changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -24,6 +24,7 @@ from simcore.sequence import on_rank
 from simcore.templates import HOST, Clock, Entry, Template, Workbench, price, templates
 from simcore.timeline import Span, Timeline, timeline
 
+Paths = tuple[tuple[int, ...], ...]
 Process = Generator[simpy.Event, Any, None]
 DETAIL_LIMIT = 25_000  # ops in a step (about two seconds) up to which each is an event of its own
 
@@ -50,9 +51,9 @@ class FluidLinks:
     def __init__(self, env: simpy.Environment, network: Network) -> None:
         self.env, self.network = env, network
         self.users: dict[int, dict[_Flow, None]] = {}  # link -> flows, in order of arrival
-        self.rates = lru_cache(maxsize=4096)(self._rates)
+        self.rates: Callable[[Paths], list[float]] = lru_cache(maxsize=4096)(self._rates)
 
-    def _rates(self, paths: tuple[tuple[int, ...], ...]) -> list[float]:
+    def _rates(self, paths: Paths) -> list[float]:
         return [float(rate) for rate in self.network.rates(paths)]
 
     def send(self, src: int, dst: int, size: float) -> Process:
@@ -94,7 +95,8 @@ class FluidLinks:
         alarm.callbacks.append(self._finish)
 
     def _finish(self, event: simpy.Event) -> None:
-        done, plan = event.value
+        planned: Any = event.value
+        done, plan = planned
         if done.plan is not plan:  # planned anew since
             return
         for link in done.path:
@@ -156,7 +158,7 @@ class Engine:
         for rank in self.ranks:
             stage = coordinates(self.program.mesh, rank)["pp"]
             self.states[rank] = _Rank(rank, stage)
-        if not self.detail:
+        if not self.detail and not self.laid:
             self.laid = templates(self.program, self.cost)
 
     def run(self) -> Timeline:
@@ -331,14 +333,22 @@ class Engine:
 
     # -- actions as one piece ------------------------------------------------------------------
 
+    def template(self, action: Action) -> Template:
+        """Return what an action does to its rank."""
+        return self.laid[action.body]
+
+    def message(self, action: Action) -> Op:
+        """Return the op of an action that sends or receives."""
+        return only_op(self.program, action)
+
     def _issue(self, state: _Rank, action: Action) -> float:
         """Return when the host comes to a message."""
-        state.clock.at[HOST] += float(self.cost.issue_seconds(only_op(self.program, action)))
+        state.clock.at[HOST] += float(self.cost.issue_seconds(self.message(action)))
         return state.clock.at[HOST]
 
     def _post(self, state: _Rank, action: Action, issued: float) -> None:
         """Queue a message on its stream, to be sent once its buffer is written."""
-        op, at = only_op(self.program, action), state.clock.at
+        op, at = self.message(action), state.clock.at
         layer = self.program.bodies[action.body][0].layer
         key = self.program.key((op.reads or op.writes)[0], layer, action.microbatch)
         if op.kind == "recv":
@@ -384,7 +394,7 @@ class Engine:
 
     def _whole(self, state: _Rank, action: Action) -> Process:
         """Run an action as one piece, from its template, once its messages have arrived."""
-        template = self.laid[action.body]
+        template = self.template(action)
         while (done := state.clock.act(template, action.microbatch)) is None:
             yield state.ready[state.clock.unknown(template, action.microbatch)]
         self.spans += [

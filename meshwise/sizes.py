@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -71,6 +72,17 @@ def _split(case: Case) -> int:
     return case[1].cp * (case[1].tp if case[1].sequence_parallel else 1)
 
 
+def _rows(case: Case) -> int:
+    """Return the fewest sequences whose tokens split evenly over the ranks of a tensor group."""
+    tokens = _split(case)
+    return tokens // math.gcd(tokens, case[2].seq_len)
+
+
+def _longest(case: Case) -> int:
+    """Return the most tokens that a sequence may have: learned positions are a table."""
+    return case[0].max_positions if case[0].position == "learned" else 10**9
+
+
 def _stages(case: Case) -> int:
     return case[1].pp * case[1].virtual_stages
 
@@ -78,8 +90,8 @@ def _stages(case: Case) -> int:
 MOST_MICROBATCHES = 4096  # of one replica: schedules that keep memory bounded are flat long before
 GROWTHS = {
     "global_batch": Growth(_sequences, lambda c: MOST_MICROBATCHES * _sequences(c), _with_batch),
-    "microbatch": Growth(lambda c: 1, lambda c: 10**6, _with_microbatch),
-    "seq_len": Growth(_split, lambda c: 10**9, _with_length),
+    "microbatch": Growth(_rows, lambda c: 10**6, _with_microbatch),
+    "seq_len": Growth(_split, _longest, _with_length),
     "layers": Growth(_stages, lambda c: 10**4, _with_layers),
 }
 
