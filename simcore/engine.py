@@ -431,6 +431,22 @@ class Engine:
         )
 
 
+@dataclass(slots=True)
+class MixedEngine(Engine):
+    """A step whose microbatches differ in length: programs of one order, of other sizes."""
+
+    variants: Mapping[int, tuple[Program, Mapping[str, Template]]] = field(default_factory=dict)
+    lengths: Sequence[int] = ()  # of every microbatch: the variant that it runs
+
+    def template(self, action: Action) -> Template:
+        """Return what an action does to its rank, at its microbatch's length."""
+        return self.variants[self.lengths[action.microbatch]][1][action.body]
+
+    def message(self, action: Action) -> Op:
+        """Return the op of a message, at its microbatch's length."""
+        return only_op(self.variants[self.lengths[action.microbatch]][0], action)
+
+
 def count_ops(program: Program) -> int:
     """Return the ops of one step over the pipeline ranks."""
     sizes = {

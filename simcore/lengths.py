@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simcore.costs import CostModel, Network
-from simcore.engine import Engine
 from simcore.errors import InputError
-from simcore.estimate import only_op, representative
+from simcore.estimate import representative
 from simcore.lower import lower_training
 from simcore.models import ModelSpec
-from simcore.ops import Op
-from simcore.program import Action, Program
+from simcore.program import Program
 from simcore.strategy import ParallelStrategy
 from simcore.templates import Template, templates
 from simcore.workloads import TrainStep
@@ -56,22 +54,6 @@ def length_classes(lengths: Lengths, classes: int, unit: int = 1) -> Lengths:
     edges[-1] = distinct[-1]
     found: Lengths = edges[np.searchsorted(edges, whole)]
     return found
-
-
-@dataclass(slots=True)
-class _MixedEngine(Engine):
-    """A pipeline whose microbatches are of different programs: equal orders, other sizes."""
-
-    variants: Mapping[int, Variant] = field(default_factory=dict)  # length -> its program
-    lengths: Sequence[int] = ()  # of every microbatch
-
-    def template(self, action: Action) -> Template:
-        """Return what an action does to its rank, at its microbatch's length."""
-        return self.variants[self.lengths[action.microbatch]][1][action.body]
-
-    def message(self, action: Action) -> Op:
-        """Return the op of a message, at its microbatch's length."""
-        return only_op(self.variants[self.lengths[action.microbatch]][0], action)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +109,8 @@ def simulate_lengths(
     microbatches first, which also folds replicas that differ in order alone. Raises `InputError`
     where the batch does not divide.
     """
+    from simcore.engine import MixedEngine
+
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.ndim != 1 or lengths.size == 0 or lengths.min() < 1 or classes < 1:
         raise InputError("lengths must be a list of tokens, 1 or more each, and classes 1 or more.")
@@ -147,7 +131,7 @@ def simulate_lengths(
     ranks = [representative(program, rank) for rank in range(len(program.order))]
     seconds = np.array(
         [
-            _MixedEngine(
+            MixedEngine(
                 program, cost, network, ranks, False,
                 laid=laid, variants=variants, lengths=row.tolist(),
             ).run().step_s

@@ -22,7 +22,7 @@ from simcore.strategy import MESH_AXES, ParallelStrategy
 from simcore.workloads import TrainStep
 
 MODEL = ModelSpec("mine", 4, 512, 8, 8, 64, 1024, 1000)
-LIMIT_S, LIMIT_BYTES = 90.0, 2e9  # three times the goal: other work shares the machine
+LIMIT_S, LIMIT_BYTES = 60.0, 2e9  # processor time, twice the goal: others share the machine
 
 
 def cost_of(parallel: ParallelStrategy) -> ClusterCost:
@@ -136,9 +136,9 @@ def test_twelve_thousand_ranks_with_lengths_of_their_own() -> None:
     model, cost = load_model("llama-3.1-70b"), cost_of(parallel)
     assert parallel.world == 12_288
     lengths = lognormal_lengths(32 * parallel.dp, 4000, 1.0, 65536, seed=1)
-    start = time.perf_counter()
+    start = time.process_time()
     found = simulate_lengths(model, parallel, lengths, cost, cost)
-    assert time.perf_counter() - start < LIMIT_S
+    assert time.process_time() - start < LIMIT_S
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < LIMIT_BYTES
     assert found.replica_s.shape == (192,)
     assert found.imbalance > 1.2

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 
 import meshwise as mw
+from hwmodels.catalogue import make_cluster
+from hwmodels.cost import ClusterCost
 from meshwise import cli
 from meshwise.sizes import GROWTHS
+from simcore.engine import simulate
 from simcore.errors import InputError
+from simcore.lower import lower_training
+from simcore.models import ModelSpec
+from simcore.stragglers import Slow, slowed_step_s
+from simcore.strategy import ParallelStrategy
+from simcore.workloads import TrainStep
 
 FAULTS = {"mtbf_hours": 5e4, "restart_s": 600.0, "checkpoint_s": 30.0}
 FITTING = {
@@ -133,3 +141,34 @@ def test_records_know_nodes_and_devices() -> None:
     del tables["faults"]["mtbf_hours"]
     found = mw.predict(tables).metrics
     assert found["mtbf_s"] == pytest.approx(86400 / 0.0065)  # one node
+
+
+# ---------------------------------------------------------------- stragglers in the event engine
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 3.0])
+def test_a_slow_rank_delays_the_step_as_stated(factor: float) -> None:
+    """Four replicas without a pipeline: the step waits for all that the slow one takes longer."""
+    parallel = ParallelStrategy(dp_replicate=4)
+    model = ModelSpec("mine", 4, 2048, 16, 16, 128, 8192, 1000)
+    program = lower_training(model, parallel, TrainStep(16, 2048))
+    cluster = make_cluster("h100-sxm-80gb", 4, 1, None, None)
+    cost = ClusterCost(cluster, program.mesh)
+    plain = simulate(program, cost, cost, every_rank=True)
+    found = simulate(program, cost, cost, every_rank=True, slowdown={2: factor})
+    times = plain.times[2]
+    stated = slowed_step_s(plain.step_s, times.compute_s, times.exposed_s, 4, Slow(1.0, factor))
+    assert found.step_s == pytest.approx(stated, rel=0.02)
+    assert found.step_s <= stated * (1 + 1e-9)
+
+
+def test_in_a_pipeline_the_stated_delay_is_a_bound() -> None:
+    parallel = ParallelStrategy(pp=4)
+    model = ModelSpec("mine", 4, 2048, 16, 16, 128, 8192, 1000)
+    program = lower_training(model, parallel, TrainStep(8, 2048))
+    cost = ClusterCost(make_cluster("h100-sxm-80gb", 4, 1, None, None), program.mesh)
+    plain = simulate(program, cost, cost, every_rank=True)
+    for rank in range(4):
+        found = simulate(program, cost, cost, every_rank=True, slowdown={rank: 1.5})
+        bound = slowed_step_s(plain.step_s, plain.times[rank].compute_s, 0.0, 1, Slow(1.0, 1.5))
+        assert plain.step_s < found.step_s <= bound * (1 + 1e-9)

@@ -1,6 +1,6 @@
 """Large steps stay cheap: time and memory of a trillion parameters and of 100,000 ranks.
 
-Limits of time are three times the goals, since other work may share the machine.
+Time is that of the processor, and its limits are twice the goals: other work may share the machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LIMIT_BYTES = 2e9
 
 
 def timed(scenario: Any, engine: str) -> tuple[dict[str, Any], float]:
-    start = time.perf_counter()
+    start = time.process_time()
     metrics = mw.predict(scenario, engine).metrics
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < LIMIT_BYTES
-    return dict(metrics), time.perf_counter() - start
+    return dict(metrics), time.process_time() - start
 
 
 @pytest.mark.slow
@@ -32,8 +32,8 @@ def test_a_trillion_parameters_on_3072_ranks_by_events() -> None:
     scenario = load_scenario(TRILLION)
     assert scenario.world == 3072
     assert parameter_count(scenario.model_spec()) == pytest.approx(1.008e12, rel=0.002)
-    found, wall_s = timed(scenario, "simulate")
-    assert wall_s < 30.0
+    found, cpu_s = timed(scenario, "simulate")
+    assert cpu_s < 20.0
     priced, _ = timed(scenario, "estimate")
     assert found["step_s"] == pytest.approx(priced["step_s"], rel=0.02)
     assert found["fits"]
@@ -49,7 +49,7 @@ def test_a_hundred_thousand_ranks_are_folded() -> None:
         },
         "workload": {"kind": "train", "global_batch": 20000, "seq_len": 8192},
     }
-    found, wall_s = timed(scenario, "simulate")
-    assert wall_s < 10.0
+    found, cpu_s = timed(scenario, "simulate")
+    assert cpu_s < 10.0
     priced, _ = timed(scenario, "estimate")
     assert found["step_s"] == pytest.approx(priced["step_s"], rel=0.02)
