@@ -18,6 +18,7 @@ from simcore.costs import transfer_seconds
 from simcore.liveness import SHARES_STORAGE
 from simcore.lower import lower_training
 from simcore.models import ModelSpec
+from simcore.moe import EXPERTS, LAYER
 from simcore.ops import COMPUTE, Op
 from simcore.program import PERSISTENT, Call, Program
 from simcore.strategy import ParallelStrategy, microbatches, stage_layers
@@ -27,6 +28,7 @@ from simcore.workloads import TrainStep
 Streams = dict[str, float]  # seconds that pass on each stream
 THREADS = (COMPUTE, HOST)
 UNITS = ("embed", "layer", "head")
+OWNERS = {"layer": ("layer", LAYER, EXPERTS)}  # whose weights a unit keeps
 COMPUTING = (".F", ".B")  # ends of the blocks that data parallelism leaves as they are
 CostOf = Callable[[ParallelStrategy], ClusterCost]
 
@@ -140,7 +142,7 @@ def resident_bytes(program: Program, unit: str) -> float:
     """Return what a unit keeps for the whole step: weights, gradients, optimizer states."""
     blocks = [block for name, block in program.blocks.items() if name.startswith(f"{unit}.")]
     names = {_root(program, name) for block in blocks for name in _touched(block.ops)}
-    own = {name for name in names if name.startswith(f"{unit}.")}
+    own = {name for name in names if name.split(".")[0] in OWNERS.get(unit, (unit,))}
     return sum(
         float(program.buffers[n].size_bytes) for n in own if program.buffers[n].scope in PERSISTENT
     )
@@ -271,10 +273,18 @@ class TrainBounds:
         )
 
     def _bench(self, parallel: ParallelStrategy) -> tuple[Program, Workbench]:
-        """Return one layer with its embedding and head, and a bench to lay their blocks on."""
+        """Return one layer with its embedding and head, and a bench to lay their blocks on.
+
+        A layer with experts goes by the name of a plain one: all layers are of one kind.
+        """
         model = replace(self.model, layers=1, mixers=self.model.mixers[:1])
         work = replace(self.workload, global_batch=parallel.dp * parallel.microbatch)
         program = lower_training(model, parallel, work)
+        blocks = {
+            f"layer.{name.removeprefix(f'{LAYER}.')}" if name.startswith(f"{LAYER}.") else name: b
+            for name, b in program.blocks.items()
+        }
+        program = replace(program, blocks=blocks)
         return program, Workbench(program, self.cost_of(parallel))
 
     def _compute(self, parallel: ParallelStrategy) -> Units:

@@ -32,7 +32,7 @@ from simcore.metrics import (
     memory_metrics,
     train_metrics,
 )
-from simcore.models import ModelSpec
+from simcore.models import ModelSpec, is_moe_layer
 from simcore.strategy import ParallelStrategy, check_strategy, microbatches
 from simcore.workloads import Generation, TrainStep
 from solvers.bounds import Bounds, TrainBounds
@@ -385,7 +385,8 @@ class _NoBounds:
 def make_bounds(question: Question) -> Bounds:
     """Return the bounds of the question's kind of workload."""
     work = question.workload
-    if not isinstance(work, TrainStep) or question.model.experts:
+    kinds = {is_moe_layer(question.model, layer) for layer in range(question.model.layers)}
+    if not isinstance(work, TrainStep) or len(kinds) > 1:
         return _NoBounds()
     return TrainBounds(question.model, work, lambda parallel: cost_of(question, parallel))
 

@@ -378,6 +378,15 @@ def gradient_shard(
 # ---------------------------------------------------------------- training
 
 
+def test_the_reference_drops_what_exceeds_a_capacity() -> None:
+    """So that cases with a capacity are checked on rows that were really dropped."""
+    kept = reference(MIXTRAL.name, BY_NAME["moe"].dispatch)[0]
+    for name in ("moe-ep", "moe-ep-tp", "moe-tp-capacity"):
+        factor = BY_NAME[name].parallel.capacity_factor or 1.0
+        found = reference(MIXTRAL.name, BY_NAME[name].dispatch)[0]
+        assert (found == pytest.approx(kept, rel=1e-12)) == (factor >= 2.0)
+
+
 def test_losses_equal_the_dense_reference(ran: tuple[Case, RunResult, RunResult]) -> None:
     """Also after optimizer steps, so updates and gathers of weights are right too."""
     found, exact, _ = ran

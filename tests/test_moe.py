@@ -15,8 +15,10 @@ from hwmodels.catalogue import load_cluster
 from hwmodels.cost import ClusterCost
 from hwmodels.curves import choose_curves
 from hwmodels.topology import place_group
+from simcore.accounting import step_totals
 from simcore.catalogue import load_model
 from simcore.errors import InputError
+from simcore.liveness import activation_peaks, residents
 from simcore.lower import lower_pass, lower_training
 from simcore.models import ModelSpec, forward_flops, parameter_count
 from simcore.moe import ExpertGrid, touched_experts
@@ -232,6 +234,24 @@ def test_products_cost_what_fused_kernels_were_measured_to(name: str, tp: int, t
         shape, cluster.chip, cold=True
     )
     assert sum(float(cost.seconds(op)) for op in ours) == pytest.approx(float(fused), rel=0.25)
+
+
+@pytest.mark.distributed
+def test_one_rank_of_a_folded_grid_runs_alone() -> None:
+    """No peers: local copies in place of exchanges, the same bytes, FLOPs and memory."""
+    pytest.importorskip("torch")
+    from backends.launch import Job, RunOptions, run_many
+
+    small = replace(MIXED, hidden=32, head_dim=8, ffn=48, moe_ffn=48, vocab=64, layers=2,
+                    weights_dtype="fp32", compute_dtype="fp32")  # fmt: skip
+    found = lower_training(small, strategy("folded", zero_stage=3), TrainStep(4, 16))
+    options = RunOptions(repeats=1, warmup=0, track_memory=True, count_flops=True)
+    for result in run_many([Job(found, replace(options, alone_rank=rank)) for rank in (0, 3)]):
+        (only,), totals = result.ranks, step_totals(found, 0)
+        assert only.payload_bytes == dict(totals.payload_bytes)
+        assert {kind for kind, _ in only.payload_bytes} >= {"all_to_all", "all_gather"}
+        assert only.flops == totals.flops
+        assert only.peak_live_bytes == activation_peaks(found, 0)[0] + residents(found, 0).total
 
 
 # ---------------------------------------------------------------- mistakes

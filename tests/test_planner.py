@@ -199,10 +199,21 @@ def test_a_model_that_cannot_be_lowered_is_refused_with_its_reason() -> None:
 
 
 def test_layers_of_two_kinds_are_priced_as_the_machines_do() -> None:
-    """Layers with experts have no bounds: every strategy that can be laid out is priced."""
+    """They have no bounds: every strategy that can be laid out is priced."""
     model = replace(SMALL, experts=4, experts_per_token=2, moe_ffn=64, dense_layers=1)
     asked = question(2, model=model)
     plan = search(asked)
     assert len(plan.candidates) > 1
     best = plan.candidates[0]
     assert best.metrics["step_s"] == price(asked, best.strategy)["step_s"]
+
+
+def test_bounds_of_layers_with_experts_are_below_exact_prices() -> None:
+    asked = question(4, model=replace(SMALL, experts=4, experts_per_token=2, moe_ffn=64))
+    bounds, found = make_bounds(asked), search(asked, top=10**6).candidates
+    assert found
+    for each in found:
+        seconds = bounds.seconds(each.strategy)
+        assert 0 < seconds <= each.metrics["step_s"] * (1 + 1e-9), each.strategy
+        need = bounds.memory_bytes(each.strategy)
+        assert 0 < need <= each.metrics["peak_memory_bytes"] * (1 + 1e-9), each.strategy
