@@ -108,8 +108,7 @@ def stream_bp(*, drop: int = 0, chunks: int = 32) -> Finding:
     for name in ("qwen3-4b", "qwen3-8b", "qwen3-14b"):
         model = load_model(name)
         long, short = (
-            largest(lambda s, c=c, m=model: backward_bytes(m, s, c) <= memory)
-            for c in (chunks, 1)
+            largest(lambda s, c=c, m=model: backward_bytes(m, s, c) <= memory) for c in (chunks, 1)
         )
         ratios[name] = long / short
     causal = (chunks + 1) / (2 * chunks)  # of the scores, where a chunk stops at its own keys

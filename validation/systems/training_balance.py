@@ -268,9 +268,7 @@ def attention_grid(*, shift: int = 0) -> Finding:
     causal_mask = at[:, None] >= at
     window = causal_mask & (at[:, None] - at < 512)
     documents = causal_mask & (at[:, None] // 1024 == at // 1024)
-    near = [
-        tiles(mask, 64) * 64**2 / mask.sum() for mask in (causal_mask, window, documents)
-    ]
+    near = [tiles(mask, 64) * 64**2 / mask.sum() for mask in (causal_mask, window, documents)]
     return Finding(
         same and max(near) < 1.15,
         f"{cells} cells; busiest rank "

@@ -224,7 +224,9 @@ def usp(*, tokens: int = 208 * 1024, link_share: float = 1.0, published: float =
     causal = utilisation("llama-3-8b", tokens, tokens, times[best], 16, peak, causal=True)
     same = all(
         gradients_agree(
-            lambda q, k, v, u=u: mesh(q, k, v, Wire(4), ulysses=u, causal=True), *tensors(8, 4), True
+            lambda q, k, v, u=u: mesh(q, k, v, Wire(4), ulysses=u, causal=True),
+            *tensors(8, 4),
+            True,
         )
         for u in (1, 2, 4)
     )
@@ -326,7 +328,9 @@ def lightseq(*, gathers_per_layer: float = 14.0) -> Finding:
     needed = sum(
         bool(mask_of(places[r], places[o], True).any()) for r in range(ranks) for o in range(r)
     )
-    fetched = needed * 2 / ranks / ranks  # of k and v, per rank, in S h; backward once more, and back
+    fetched = (
+        needed * 2 / ranks / ranks
+    )  # of k and v, per rank, in S h; backward once more, and back
     volume = 3 * fetched / ((ranks - 1) / ranks)
     speedups = []
     cluster = make_cluster("a100-sxm-80gb", 8, 2)

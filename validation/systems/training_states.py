@@ -151,6 +151,10 @@ def zeco(*, exchange: str = "all_scan", ranks: int = 64, slices: int = 16) -> Fi
         "each rank sends one state in slices; the scan runs beside the part within the chunk"
         if ratio <= 1.05
         else "the scan's rounds outlast the local part that may hide them",
-        ("5 us per slice in a kernel that polls its peer, 16 slices", "1.1B network on A100", ON_CPU),
+        (
+            "5 us per slice in a kernel that polls its peer, 16 slices",
+            "1.1B network on A100",
+            ON_CPU,
+        ),
         "cpu",
     )
