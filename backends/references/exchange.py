@@ -81,7 +81,8 @@ def live_paths(inputs: Tensor, servers: int, churn: float, seed: int) -> tuple[T
     stages = [torch.randn(4, 4, dtype=torch.float64).div(2).requires_grad_() for _ in range(3)]
     alive = np.ones((3, servers), dtype=bool)
     repeated = done = 0
-    for x in inputs:
+    for sample in inputs:
+        x = sample
         for stage, weight in enumerate(stages):
             while True:
                 server = random.choice(np.flatnonzero(alive[stage]))
@@ -91,7 +92,7 @@ def live_paths(inputs: Tensor, servers: int, churn: float, seed: int) -> tuple[T
                 if alive[stage].sum() > 1:
                     alive[stage, server] = False
             x = torch.tanh(F.linear(x, weight))
-        (x * x).sum().backward()  # type: ignore[no-untyped-call]
+        (x * x).sum().backward()
         done += 1
         alive |= random.random(alive.shape) < churn  # newcomers take a stage
     return torch.stack([w.grad for w in stages if w.grad is not None]), done, repeated

@@ -53,8 +53,10 @@ def step(
 
 # ---------------------------------------------------------------- real ranks
 
-_SINGLE = {"weights_dtype": "fp32", "compute_dtype": "fp32", "kv_dtype": "fp32"}
-SMALL = ModelSpec("llama-like", 4, 16, 4, 2, 4, 24, 29, **_SINGLE)
+SMALL = ModelSpec(
+    "llama-like", 4, 16, 4, 2, 4, 24, 29,
+    weights_dtype="fp32", compute_dtype="fp32", kv_dtype="fp32",
+)  # fmt: skip
 SMALL_STEP = TrainStep(global_batch=8, seq_len=8)
 PLANS = {
     "tensor + pipeline": ParallelStrategy(tp=2, pp=2),

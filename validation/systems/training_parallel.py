@@ -104,14 +104,14 @@ def gspmd(*, dense_share: float = 1.0) -> Finding:
     return Finding(
         same and counted and sums and 0.50 <= mfu <= 0.62,
         f"ranks do {', '.join(f'{r:.1%}' for r in repeated)} more than dense, as predicted to the "
-        f"FLOP; best mesh {best} at {mfu:.1%} (executed work {found[best]['hfu']:.1%}); losses differ"
-        f" by {error:.1e}",
+        f"FLOP; best mesh {best} at {mfu:.1%} (executed work {found[best]['hfu']:.1%}); losses "
+        f"differ by {error:.1e}",
         "padding of the vocabulary and repeated heads are the only replication"
         if 0.50 <= mfu <= 0.62
         else "TPU kernels have no measured curves here, and a mesh of two tensor axes is not "
         "lowered: utilisation misses",
-        ("64B dense network (32 layers of 8192, 128 heads of 256) on 64 TPU v3 chips, 64 sequences of"
-         " 1024; plans that fit", ON_RANKS),
+        ("64B dense network (32 layers of 8192, 128 heads of 256) on 64 TPU v3 chips, 64 sequences "
+         "of 1024; plans that fit", ON_RANKS),
         "cpu",
     )  # fmt: skip
 
@@ -179,8 +179,8 @@ def frontier(*, batch_grows: bool = True) -> Finding:
         f"losses differ by {error:.1e}",
         "larger models pay more tensor and pipeline communication"
         if order and scaled
-        else "stragglers and congestion of a shared fabric, which grow with the ranks, are missing; "
-        "the plans of the paper are inferred",
+        else "stragglers and congestion of a shared fabric, which grow with the ranks, are "
+        "missing; the plans of the paper are inferred",
         ("22B on 64, 175B and 1T on 1024 dies; tensor x pipeline 2 x 4, 4 x 16, 8 x 64",
          "strong scaling from one replica's smallest run at batch 8000", ON_RANKS),
         "cpu",
@@ -293,8 +293,8 @@ def yuan(*, shares: tuple[float, ...] = (1.0, 0.1, 0.01)) -> Finding:
     return Finding(
         same and rises and gains[-1] > 1 and best <= uniform,
         f"unequal stages are {', '.join(f'{g:.2f}x' for g in gains)} as fast as tensor ranks at "
-        f"{', '.join(f'{s:g}' for s in shares)} of the link; best cut {best:g} against {uniform:g}; "
-        f"losses differ by {error:.1e}",
+        f"{', '.join(f'{s:g}' for s in shares)} of the link; best cut {best:g} against {uniform:g};"
+        f" losses differ by {error:.1e}",
         "stages send only boundaries; tensor ranks exchange in every layer"
         if rises
         else "without slower links nothing is overtaken",
