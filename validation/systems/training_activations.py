@@ -61,8 +61,7 @@ def memo(
 
 def swapped_equals_kept(share: float) -> bool:
     """Whether gradients stay exact where a share of tokens is kept and the rest recomputed."""
-    import torch
-    from torch.utils.checkpoint import checkpoint
+    from backends.references.library import checkpoint, torch
 
     random = torch.Generator().manual_seed(0)
     x = torch.randn(16, 6, generator=random, dtype=torch.float64)
@@ -92,8 +91,7 @@ def backward_bytes(model: ModelSpec, tokens: float, chunks: float) -> float:
 def stream_bp(*, drop: int = 0, chunks: int = 32) -> Finding:
     """Longest sequence against checkpointing on 80 GB, exact gradients, and backward time."""
     need_torch()
-    import torch
-
+    from backends.references.library import torch
     from backends.references.streaming import streamed, weights, whole
 
     random = torch.Generator().manual_seed(3)

@@ -240,9 +240,8 @@ def attention_grid(*, shift: int = 0) -> Finding:
     ``shift``: by how many positions the predicted diagonal is off.
     """
     need_torch()
-    import torch
-
     from backends.references.attention import LAYOUTS, ring
+    from backends.references.library import torch
     from backends.references.wire import Wire
 
     cells, same, loads = 0, True, {}
@@ -283,7 +282,7 @@ def attention_grid(*, shift: int = 0) -> Finding:
 def long_vita(*, gpus: int = 8, keep_logits: bool = False) -> Finding:
     """Longest prefill on one node with context parallelism and without the S x V logits."""
     need_torch()
-    import torch
+    from backends.references.library import torch
 
     memory = 0.9 * load_chip("h100-sxm-80gb").hbm.size_bytes
     model = load_model("qwen2.5-14b")

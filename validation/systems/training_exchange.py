@@ -57,9 +57,8 @@ def folding(*, world: int = 128, batch: int = 256, single_only: bool = False) ->
     One grid ties the expert ranks to the tensor ranks or a multiple along data ranks only.
     """
     need_torch()
-    import torch
-
     from backends.references.exchange import experts_dense, experts_folded
+    from backends.references.library import torch
     from backends.references.wire import Wire
 
     random = torch.Generator().manual_seed(5)
@@ -117,9 +116,8 @@ def swarm(*, boundary_power: int = 1, link_bytes_per_s: float = 25e6) -> Finding
     ``boundary_power``: of the width, in the bytes of a boundary.
     """
     need_torch()
-    import torch
-
     from backends.references.exchange import live_paths
+    from backends.references.library import torch
     from backends.references.pipelines import batches
 
     rate = 0.3 * load_chip("t4").peak_flops_per_s["fp16"]
@@ -189,9 +187,8 @@ def c4(*, planned: bool = True, links: int = 8) -> Finding:
 def dlrm(*, ranks_off: int = 0) -> Finding:
     """Bytes counted in the all-to-all against B T dim e (P-1)/P^2, and looked-up rows."""
     need_torch()
-    import torch
-
     from backends.references.exchange import sharded_embeddings
+    from backends.references.library import torch
     from backends.references.wire import Wire
 
     random, holds, sizes = torch.Generator().manual_seed(1), True, []
@@ -257,9 +254,8 @@ def eight_bit(*, gpus: int = 96, codec_share: float = 0.05) -> Finding:
     ``codec_share``: time of coding over that of the 32-bit exchange.
     """
     need_torch()
-    import torch
-
     from backends.references.exchange import coded_mean
+    from backends.references.library import torch
     from backends.references.wire import Wire
 
     random = torch.Generator().manual_seed(4)
@@ -336,7 +332,7 @@ def backup_workers(*, workers: int = 16, off: int = 0) -> Finding:
     ``off``: extra backups in the law. Dynamic b takes the best of all b for each iteration.
     """
     need_torch()
-    import torch
+    from backends.references.library import torch
 
     random = np.random.default_rng(2)
     draws = np.sort(random.exponential(size=(20_000, workers)), axis=1)
@@ -408,7 +404,7 @@ def aquarius(*, skipped: float = 0.6, published: float = 2.35) -> Finding:
 
 def cached_denoising(skipped: float) -> tuple[float, bool]:
     """Run 50 steps, some skipped by the cache; return work saved, and whether 0 is exact."""
-    import torch
+    from backends.references.library import torch
 
     random = torch.Generator().manual_seed(0)
     w = torch.randn(8, 8, generator=random, dtype=torch.float64) / 8
@@ -439,7 +435,7 @@ def surrogates(*, data_bytes: float = 8e12, hours: float = 2.0, gain: float = 13
     The slowest of producers, link and consumer sets the rate.
     """
     need_torch()
-    import torch
+    from backends.references.library import torch
 
     rate = data_bytes / (hours * 3600)
     laws = True

@@ -28,8 +28,7 @@ EXACT = "executed in float64 on the CPU, stage by stage in the played order"
 
 def same_as_undivided(played: Played, shape: Shape, home: Home) -> bool:
     """Execute the tasks in the played order: gradients and loss equal the undivided network's."""
-    import torch
-
+    from backends.references.library import torch
     from backends.references.pipelines import batches, network, play, undivided
 
     stages, inputs = network(shape.stages, 4), batches(shape.microbatches, 3, 4)
@@ -223,8 +222,7 @@ def pipedream(*, stages_off: int = 0) -> Finding:
 def pipelined_backprop(*, lag: int = 0) -> Finding:
     """Weight delay per stage, utilisation, and the gradients of an unhurried run."""
     need_torch()
-    import torch
-
+    from backends.references.library import torch
     from backends.references.pipelines import batches, flush_free, network, undivided
 
     p, width = 4, 4

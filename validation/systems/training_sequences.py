@@ -28,7 +28,7 @@ def tensors(
     heads: int = 4, kv_heads: int = 4, tokens: int = 16, width: int = 4
 ) -> tuple[Any, Any, Any]:
     """Return random queries, keys and values in float64."""
-    import torch
+    from backends.references.library import torch
 
     random = torch.Generator().manual_seed(2)
     q, k, v = (
@@ -40,9 +40,8 @@ def tensors(
 
 def gradients_agree(run: Callable[..., Any], q: Any, k: Any, v: Any, causal: bool) -> bool:
     """Whether an algorithm's output and gradients are those of dense attention."""
-    import torch
-
     from backends.references.attention import dense
+    from backends.references.library import torch
 
     found = []
     for function in (run, lambda a, b, c: dense(a, b, c, causal)):
@@ -398,9 +397,8 @@ def axis_plan(needs: list[set[int]], axes: int) -> int:
 def dynamic_axes(*, switches_per_pair: int = 2) -> Finding:
     """Switching the sharded axis of a spatio-temporal network: outputs, bytes and plans."""
     need_torch()
-    import torch
-
     from backends.references.attention import dense
+    from backends.references.library import torch
     from backends.references.wire import Wire
 
     ranks, shape = 4, (4, 8, 8, 6)  # heads, frames, places, width

@@ -22,8 +22,7 @@ ON_CPU = "executed in float64 on the CPU; ranks in one process pass their states
 def exact(exchange: str, lag: int = 0) -> tuple[bool, list[int], int]:
     """Return whether output and gradients are the dense ones, bytes sent per rank, and hops."""
     need_torch()
-    import torch
-
+    from backends.references.library import torch
     from backends.references.states import dense, sharded
     from backends.references.wire import Wire
 
