@@ -41,7 +41,7 @@ def undivided(stages: nn.ModuleList, inputs: Tensor) -> Played:
     for stage in stages:
         x = stage(x)
     loss = (x * x).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return Played(float(loss.detach()), _gradients(stages), 0, 0)
 
 
@@ -81,9 +81,9 @@ def play(
             if stage == last:
                 value = (y * y).sum()
                 loss += float(value.detach())
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
             else:
-                y.backward(gradients.pop((stage, m)))  # type: ignore[no-untyped-call]
+                y.backward(gradients.pop((stage, m)))
             if stage:
                 assert x.grad is not None
                 gradients[stage - 1, m] = x.grad
@@ -147,7 +147,7 @@ def flush_free(stages: nn.ModuleList, inputs: Tensor, rate: float, lag: int = 0)
                 with torch.no_grad():
                     for i, (p, g) in enumerate(zip(stages[s].parameters(), found[1:], strict=True)):
                         sums[first[s] + i] += g
-                        p -= rate * g
+                        p.sub_(rate * g)
                 busy += 1
                 steady += tick in window
     slots = 2 * count

@@ -80,7 +80,7 @@ def whole(w: Weights, x: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], in
 
     def body() -> None:
         k, v = F.linear(x, w["k"]), F.linear(x, w["v"])
-        _rest(w, x, k, v, targets, 0).backward()  # type: ignore[no-untyped-call]
+        _rest(w, x, k, v, targets, 0).backward()
 
     return _run(w, body)
 
@@ -102,10 +102,10 @@ def streamed(
         for c in range(chunks - drop):
             rows = slice(c * size, (c + 1) * size)
             upto = (c + 1) * size
-            _rest(w, x[rows], k[:upto], v[:upto], targets[rows], c * size).backward()  # type: ignore[no-untyped-call]
+            _rest(w, x[rows], k[:upto], v[:upto], targets[rows], c * size).backward()
         assert k.grad is not None
         assert v.grad is not None
-        F.linear(x, w["k"]).backward(k.grad)  # type: ignore[no-untyped-call]
-        F.linear(x, w["v"]).backward(v.grad)  # type: ignore[no-untyped-call]
+        F.linear(x, w["k"]).backward(k.grad)
+        F.linear(x, w["v"]).backward(v.grad)
 
     return _run(w, body)

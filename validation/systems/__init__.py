@@ -25,6 +25,8 @@ MODULES = (
     "recurrent_operators",
     "closed_forms",
     "training_closed_forms",
+    "training_parallel",
+    "training_exchange",
     "training_pipelines",
     "training_sequences",
     "training_states",

@@ -98,7 +98,7 @@ def flexsp(*, ranks: int = 8, plans: str = "all") -> Finding:
         "every single degree is one of the plans; only a long tail needs different ones"
         if never
         else "a fixed group pays its exchanges for short sequences too",
-        ("128 log-normal sequences around 2048 tokens per step", "8 ranks; 7B on A100 at half of its"
+        ("128 log-normal sequences around 2048 tokens per step", "8 ranks; 7B on A100 at half its"
          " peak; a rank holds 16384 tokens", "solving is overlapped with the step before"),
     )  # fmt: skip
 
@@ -114,9 +114,8 @@ def bytescale(*, ranks: int = 256, nic: float = NIC_RATE) -> Finding:
     ratios = []
     for share in (0.5, 0.1, 0.02, 0.004, 0.0005):
         random = np.random.default_rng(8)
-        lengths = [longest] + np.where(
-            random.random(2000) < share, 131072.0, random.uniform(256, 4096, 2000)
-        ).tolist()
+        short = random.uniform(256, 4096, 2000)
+        lengths = [longest, *np.where(random.random(2000) < share, 131072.0, short).tolist()]
         groups = ranks // static_degree
         ends = [0.0] * groups
         for length in sorted(lengths, reverse=True):
@@ -175,8 +174,8 @@ def zeppelin(*, ranks: int = 32, split: bool = True) -> Finding:
         "a sequence is split until no part exceeds a quarter of a rank's share"
         if max(loads) < 1.1
         and min(gains) <= 2.80 <= max(gains)
-        else "too little gained: what short pieces cost the baseline's kernels and its uneven use of"
-        " NICs are not modelled",
+        else "too little gained: what short pieces cost the baseline's kernels and its uneven use"
+        " of NICs are not modelled",
         ("256 log-normal sequences on 32 ranks", "the layout between attention and linear parts is "
          "remapped over the network and charged"),
     )  # fmt: skip
@@ -241,9 +240,8 @@ def attention_grid(*, shift: int = 0) -> Finding:
     ``shift``: by how many positions the predicted diagonal is off.
     """
     need_torch()
-    import torch
-
     from backends.references.attention import LAYOUTS, ring
+    from backends.references.library import torch
     from backends.references.wire import Wire
 
     cells, same, loads = 0, True, {}
@@ -264,11 +262,11 @@ def attention_grid(*, shift: int = 0) -> Finding:
             if causal and ranks == 4:
                 loads[layout] = max(areas) / (sum(areas) / ranks)
             cells += 1
-    at = np.arange(4096)
-    causal_mask = at[:, None] >= at
-    window = causal_mask & (at[:, None] - at < 512)
-    documents = causal_mask & (at[:, None] // 1024 == at // 1024)
-    near = [tiles(mask, 64) * 64**2 / mask.sum() for mask in (causal_mask, window, documents)]
+    spots = np.arange(4096)
+    causal_mask = spots[:, None] >= spots
+    window = causal_mask & (spots[:, None] - spots < 512)
+    documents = causal_mask & (spots[:, None] // 1024 == spots // 1024)
+    near = [tiles(mask, 64) * 64**2 / int(mask.sum()) for mask in (causal_mask, window, documents)]
     return Finding(
         same and max(near) < 1.15,
         f"{cells} cells; busiest rank "
@@ -284,7 +282,7 @@ def attention_grid(*, shift: int = 0) -> Finding:
 def long_vita(*, gpus: int = 8, keep_logits: bool = False) -> Finding:
     """Longest prefill on one node with context parallelism and without the S x V logits."""
     need_torch()
-    import torch
+    from backends.references.library import torch
 
     memory = 0.9 * load_chip("h100-sxm-80gb").hbm.size_bytes
     model = load_model("qwen2.5-14b")
@@ -307,13 +305,13 @@ def long_vita(*, gpus: int = 8, keep_logits: bool = False) -> Finding:
     long_flops = model_flops_per_token(model, 131072)
     return Finding(
         same and longest / before >= 4,
-        f"{before / 1e3:.0f}K tokens with logits, {after / 1e3:.0f}K without, {split / 1e3:.0f}K over "
-        f"2 x {gpus // 2} context and tensor ranks: {longest / before:.1f}x",
+        f"{before / 1e3:.0f}K tokens with logits, {after / 1e3:.0f}K without, {split / 1e3:.0f}K "
+        f"over 2 x {gpus // 2} context and tensor ranks: {longest / before:.1f}x",
         "a prefill needs the last row of logits alone"
         if longest / before >= 4
         else "what is saved per token is under four times: logits gathered over tensor ranks and a "
         "baseline's fragmentation are not modelled",
-        ("Qwen2.5-14B in bf16 on 8 H100, logits in bf16 and fp32", f"{long_flops / 1e9:.0f} GFLOP per"
-         " token at 128K", ON_CPU),
+        ("Qwen2.5-14B in bf16 on 8 H100, logits in bf16 and fp32", f"{long_flops / 1e9:.0f} GFLOP"
+         " per token at 128K", ON_CPU),
         "cpu",
     )  # fmt: skip

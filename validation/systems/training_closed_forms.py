@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -217,7 +218,7 @@ def patch_parallel_ceilings(*, gpus: int = 8, speedup: float = 6.54) -> Finding:
     """DualParal's share of linear, and ParaStep's ceiling for its warm-up steps."""
     share = speedup / gpus
     warm = [50 / (w + (50 - w) / gpus) for w in range(51)]
-    falling = all(a > b for a, b in zip(warm, warm[1:], strict=False))
+    falling = all(a > b for a, b in itertools.pairwise(warm))
     return Finding(
         round(share, 2) == 0.82 and falling and warm[0] == gpus and warm[-1] == 1,
         f"{share:.1%} of linear; ceiling {warm[0]:.1f}x without warm-up, {warm[4]:.2f}x with 4 of "

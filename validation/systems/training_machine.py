@@ -53,8 +53,10 @@ def step(
 
 # ---------------------------------------------------------------- real ranks
 
-_SINGLE = {"weights_dtype": "fp32", "compute_dtype": "fp32", "kv_dtype": "fp32"}
-SMALL = ModelSpec("llama-like", 4, 16, 4, 2, 4, 24, 29, **_SINGLE)
+SMALL = ModelSpec(
+    "llama-like", 4, 16, 4, 2, 4, 24, 29,
+    weights_dtype="fp32", compute_dtype="fp32", kv_dtype="fp32",
+)  # fmt: skip
 SMALL_STEP = TrainStep(global_batch=8, seq_len=8)
 PLANS = {
     "tensor + pipeline": ParallelStrategy(tp=2, pp=2),
@@ -82,26 +84,24 @@ def on_four_ranks() -> dict[str, Ran]:
     need_torch()
     from backends.launch import Job, RunOptions, run_many
 
-    exact = RunOptions(5, repeats=2, warmup=1, dtype="fp64", dump=("losses",), timeout_s=60)
-    counted = RunOptions(5, repeats=1, warmup=0, count_flops=True, timeout_s=60)
-    alone = lower_training(SMALL, ParallelStrategy(), SMALL_STEP)
-    one, one_counted = run_many([Job(alone, exact), Job(alone, counted)])
+    options = RunOptions(
+        5, repeats=2, warmup=1, dtype="fp64", dump=("losses",), count_flops=True, timeout_s=60
+    )
+    (one,) = run_many([Job(lower_training(SMALL, ParallelStrategy(), SMALL_STEP), options)])
     programs = {name: lower_training(SMALL, plan, SMALL_STEP) for name, plan in PLANS.items()}
-    jobs = [Job(p, options) for p in programs.values() for options in (exact, counted)]
-    ran = run_many(jobs)
-    found = {}
-    for i, (name, program) in enumerate(programs.items()):
-        losses, flops = ran[2 * i].losses, ran[2 * i + 1]
-        found[name] = Ran(
-            max(abs(a / b - 1) for a, b in zip(losses, one.losses, strict=True)),
-            tuple(float(rank.flops or 0) for rank in flops.ranks),
+    ran = run_many([Job(program, options) for program in programs.values()])
+    return {
+        name: Ran(
+            max(abs(a / b - 1) for a, b in zip(found.losses, one.losses, strict=True)),
+            tuple(float(rank.flops or 0) for rank in found.ranks),
             tuple(
                 step_totals(program, coordinates(program.mesh, rank)["pp"]).flops
                 for rank in range(program.world)
             ),
-            float(one_counted.ranks[0].flops or 0),
+            float(one.ranks[0].flops or 0),
         )
-    return found
+        for (name, program), found in zip(programs.items(), ran, strict=True)
+    }
 
 
 # ---------------------------------------------------------------- long sequences

@@ -28,8 +28,7 @@ EXACT = "executed in float64 on the CPU, stage by stage in the played order"
 
 def same_as_undivided(played: Played, shape: Shape, home: Home) -> bool:
     """Execute the tasks in the played order: gradients and loss equal the undivided network's."""
-    import torch
-
+    from backends.references.library import torch
     from backends.references.pipelines import batches, network, play, undivided
 
     stages, inputs = network(shape.stages, 4), batches(shape.microbatches, 3, 4)
@@ -100,8 +99,8 @@ def bitpipe(*, chunks: int = 2) -> Finding:
     exact = same_as_undivided(unit("both-wave", 4, 2), shape, both_ways(shape, wave(shape)))
     return Finding(
         exact and min(gains) >= 1.05 and max(gains) <= 1.28,
-        f"{', '.join(f'{g:.2f}x' for g in gains)} at 4, 8, 16, 32 ranks over the best of three; two "
-        f"weight replicas, {max(peaks):.2f} of 1F1B's activations; with messages of 2 % "
+        f"{', '.join(f'{g:.2f}x' for g in gains)} at 4, 8, 16, 32 ranks over the best of three; "
+        f"two weight replicas, {max(peaks):.2f} of 1F1B's activations; with messages of 2 % "
         f"{min(slow):.2f}x to {max(slow):.2f}x",
         "both directions fill one another's bubbles, chunks shorten them",
         (UNITS, "the second replica's gradient sum is hidden", EXACT),
@@ -181,7 +180,7 @@ def cut_by_hand(costs: np.ndarray, stages: int) -> float:
     """Return the same from every cut there is."""
     places = itertools.combinations(range(1, len(costs)), stages - 1)
     return min(
-        max(costs[a:b].sum() for a, b in itertools.pairwise((0, *inner, len(costs))))
+        max(float(costs[a:b].sum()) for a, b in itertools.pairwise((0, *inner, len(costs))))
         for inner in places
     )
 
@@ -210,8 +209,8 @@ def pipedream(*, stages_off: int = 0) -> Finding:
     vgg = 1 - 2 * 64 * 25088 / (2 * 138e6 * 7 / 8)
     return Finding(
         worst < 1e-9 and ran.boundary_bytes == boundary and stash == [p - s for s in range(p)],
-        f"cuts equal brute force to {worst:.1g}; {ran.boundary_bytes} of {boundary} boundary bytes; "
-        f"versions {stash}; VGG-16 cut before its dense layers sends {vgg:.0%} less",
+        f"cuts equal brute force to {worst:.1g}; {ran.boundary_bytes} of {boundary} boundary bytes;"
+        f" versions {stash}; VGG-16 cut before its dense layers sends {vgg:.0%} less",
         "only activations and gradients at the cuts travel; a stage keeps a version per microbatch",
         ("up to 12 layers of random cost", "VGG-16: 138M parameters, 25088 features at the cut, 64 "
          "images per GPU, 8 GPUs", EXACT),
@@ -223,8 +222,7 @@ def pipedream(*, stages_off: int = 0) -> Finding:
 def pipelined_backprop(*, lag: int = 0) -> Finding:
     """Weight delay per stage, utilisation, and the gradients of an unhurried run."""
     need_torch()
-    import torch
-
+    from backends.references.library import torch
     from backends.references.pipelines import batches, flush_free, network, undivided
 
     p, width = 4, 4

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -22,22 +24,24 @@ A800_NODES = make_cluster("a800-sxm-80gb", 8, 2)
 TOLERANCE = 0.10  # of a utilisation whose setting is given, but not how it was counted
 
 
-def tensors(heads: int = 4, kv_heads: int = 4, tokens: int = 16, width: int = 4):  # type: ignore[no-untyped-def]
+def tensors(
+    heads: int = 4, kv_heads: int = 4, tokens: int = 16, width: int = 4
+) -> tuple[Any, Any, Any]:
     """Return random queries, keys and values in float64."""
-    import torch
+    from backends.references.library import torch
 
     random = torch.Generator().manual_seed(2)
-    return tuple(
+    q, k, v = (
         torch.randn(2, h, tokens, width, generator=random, dtype=torch.float64)
         for h in (heads, kv_heads, kv_heads)
     )
+    return q, k, v
 
 
-def gradients_agree(run, q, k, v, causal: bool) -> bool:  # type: ignore[no-untyped-def]
+def gradients_agree(run: Callable[..., Any], q: Any, k: Any, v: Any, causal: bool) -> bool:
     """Whether an algorithm's output and gradients are those of dense attention."""
-    import torch
-
     from backends.references.attention import dense
+    from backends.references.library import torch
 
     found = []
     for function in (run, lambda a, b, c: dense(a, b, c, causal)):
@@ -51,7 +55,7 @@ def gradients_agree(run, q, k, v, causal: bool) -> bool:  # type: ignore[no-unty
 # ------------------------------------------------------------------ G3.1
 
 
-def bert_bytes(batch: float, tokens: float, layers: int, width: int, heads: int, ranks: int,
+def bert_bytes(batch: float, tokens: float, layers: int, width: int, heads: int, ranks: float,
                how: str) -> float:  # fmt: skip
     """Return a rank's bytes of a BERT in single precision with Adam, by Korthikanti's counting.
 
@@ -67,7 +71,10 @@ def bert_bytes(batch: float, tokens: float, layers: int, width: int, heads: int,
     )
 
 
-def largest(fits, start: float = 1.0) -> float:  # type: ignore[no-untyped-def]
+Bert = tuple[int, int, int]  # layers, width, heads
+
+
+def largest(fits: Callable[[float], bool], start: float = 1.0) -> float:
     """Return the largest value that fits, by doubling and bisection."""
     if not fits(start):
         return 0.0
@@ -92,17 +99,28 @@ def ring_sequence_parallelism(*, ranks: int = 64, replicated_scores: float = 1.0
 
     memory = 0.9 * load_chip("p100").hbm.size_bytes
     batches, lengths = [], []
-    for layers, width, heads in ((12, 768, 12), (24, 1024, 16)):
-        for fixed in (128, 256, 512, 1024):
+    for shape in ((12, 768, 12), (24, 1024, 16)):
+        degrees = {"sequence": ranks / replicated_scores, "tensor": float(shape[2])}
 
-            def room(batch: float, tokens: float, how: str, shape=(layers, width, heads)) -> bool:  # type: ignore[no-untyped-def]
-                degree = ranks / replicated_scores if how == "sequence" else shape[2]
-                return bert_bytes(batch, tokens, *shape, degree, how) <= memory  # type: ignore[arg-type]
+        def fits(batch: float, tokens: float, how: str, shape: Bert, degree: float) -> bool:
+            return bert_bytes(batch, tokens, *shape, degree, how) <= memory
 
-            batch = [largest(lambda b, h=h: room(b, fixed, h)) for h in ("sequence", "tensor")]
-            batches.append(batch[0] / batch[1])
-            length = [largest(lambda s, h=h: room(64, s, h)) for h in ("sequence", "tensor")]
-            lengths.append(length[0] / length[1] if length[1] else math.inf)
+        def room(tokens: float | None, shape: Bert, degrees: dict[str, float]) -> float:
+            """Return sequence over tensor: batch at ``tokens``, or length at batch 64."""
+            found = [
+                largest(
+                    lambda x, how=how, d=d: (  # type: ignore[misc]
+                        fits(64, x, how, shape, d)
+                        if tokens is None
+                        else fits(x, tokens, how, shape, d)
+                    )
+                )
+                for how, d in degrees.items()
+            ]
+            return found[0] / found[1] if found[1] else math.inf
+
+        batches += [room(t, shape, degrees) for t in (128, 256, 512, 1024)]
+        lengths.append(room(None, shape, degrees))
     wire = Wire(4)
     same = gradients_agree(
         lambda q, k, v: ring(q, k, v, wire, layout="contiguous", causal=False)[0], *tensors(), False
@@ -150,8 +168,8 @@ def ulysses(*, tokens_grow: int = 2) -> Finding:
         refused = True
     return Finding(
         same and exact and refused and len(set(sent)) == 1,
-        f"{[int(s) for s in sent]} bytes per rank and (P-1)/P with ranks doubled twice; 8 ranks for "
-        f"4 heads {'refused' if refused else 'taken'}",
+        f"{[int(s) for s in sent]} bytes per rank and (P-1)/P with ranks doubled twice; 8 ranks "
+        f"for 4 heads {'refused' if refused else 'taken'}",
         "four all-to-alls of a rank's S h / P elements"
         if len(set(sent)) == 1
         else "the shard of a rank grows with its tokens",
@@ -239,7 +257,8 @@ def usp(*, tokens: int = 208 * 1024, link_share: float = 1.0, published: float =
         else "off: gaps between a ring's steps, kernels slowed by exchanges beside them and clocks "
         "under load are not modelled",
         ("6 N + 12 L h s per token over 312 TFLOP/s; 208K = 208 x 1024", "ranks balanced (zigzag)",
-         f"ZeRO-3, one sequence; {recomputed_share(tokens, 16):.0%} of the layers recompute to fit", f"within {TOLERANCE:.0%}", ON_CPU),
+         f"ZeRO-3, one sequence; {recomputed_share(tokens, 16):.0%} of the layers recompute to fit",
+         f"within {TOLERANCE:.0%}", ON_CPU),
         "cpu",
     )  # fmt: skip
 
@@ -378,9 +397,8 @@ def axis_plan(needs: list[set[int]], axes: int) -> int:
 def dynamic_axes(*, switches_per_pair: int = 2) -> Finding:
     """Switching the sharded axis of a spatio-temporal network: outputs, bytes and plans."""
     need_torch()
-    import torch
-
     from backends.references.attention import dense
+    from backends.references.library import torch
     from backends.references.wire import Wire
 
     ranks, shape = 4, (4, 8, 8, 6)  # heads, frames, places, width

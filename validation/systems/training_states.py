@@ -22,13 +22,12 @@ ON_CPU = "executed in float64 on the CPU; ranks in one process pass their states
 def exact(exchange: str, lag: int = 0) -> tuple[bool, list[int], int]:
     """Return whether output and gradients are the dense ones, bytes sent per rank, and hops."""
     need_torch()
-    import torch
-
+    from backends.references.library import torch
     from backends.references.states import dense, sharded
     from backends.references.wire import Wire
 
     wire, found = Wire(4), []
-    for run in (lambda *t: sharded(*t, wire, exchange, lag), dense):
+    for run in (lambda q, k, v: sharded(q, k, v, wire, exchange, lag), dense):
         leaves = [t.clone().requires_grad_() for t in tensors()]
         out = run(*leaves)
         grads = torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
@@ -75,8 +74,8 @@ def lasp(*, ranks: int = 128, tokens: int = 4096 * 1024, lag: int = 0) -> Findin
     fixed = len({s for s in sent if s}) == 1
     return Finding(
         same and fixed and hops == 3 and each == 32768 and need <= have,
-        f"{need / 1e9:.0f} of {have / 1e9:.0f} GB; chain of {ranks - 1} hops {chain * 1e3:.1f} ms per"
-        f" layer beside {work * 1e3:.1f} ms of local work",
+        f"{need / 1e9:.0f} of {have / 1e9:.0f} GB; chain of {ranks - 1} hops {chain * 1e3:.1f} ms "
+        f"per layer beside {work * 1e3:.1f} ms of local work",
         "a state per rank and layer, whatever the length; only the last rank waits for all hops"
         if same
         else "a state of the wrong rank gives another output",
