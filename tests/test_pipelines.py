@@ -22,7 +22,7 @@ from simcore.pipelines.asynchronous import ASYNCHRONOUS, staleness
 from simcore.pipelines.checking import check_schedule
 from simcore.pipelines.orders import Order, is_split, stage_ranks
 from simcore.pipelines.text import schedule_from_text, schedule_to_text
-from simcore.pipelines.unit import run_units
+from simcore.pipelines.unit import EQUAL, run_units
 from simcore.program import Action
 from simcore.schedules import SCHEDULES, find_schedule
 from simcore.workloads import TrainStep
@@ -153,7 +153,7 @@ def test_dualpipe_idles_no_more_than_published(p: int, m: int) -> None:
     """
     found = run_units(order_of("dualpipe", p, m), 2)
     idle = found.line.step_s - found.busy[0]
-    forward, back, weight = 1.0, 2.0, 1.0
+    forward, back, weight = (EQUAL[kind] for kind in "FBW")
     published = (p / 2 - 1) * (forward + back + back - 3 * weight)
     assert 0 < idle <= published
 
