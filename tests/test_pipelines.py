@@ -94,9 +94,15 @@ def test_torch_s_runtime_loads_the_text(name: str, tmp_path: Path) -> None:
             [str(action) for action in actions] for actions in order
         ]
         return
-    theirs.PipelineScheduleMulti._load_csv(runtime, str(path))
+    runtime._defer_pp_recv = False
+    runtime._load_csv(str(path), "compute_only")
     assert runtime.stage_index_to_group_rank == dict(enumerate(ranks))
+    loaded = {rank: list(actions) for rank, actions in runtime.pipeline_order.items()}
+    messages = theirs._add_send_recv(loaded, ranks.__getitem__, len(ranks))
+    simulated = theirs._simulate_comms_compute(messages, ranks.__getitem__, len(ranks))
     for rank, actions in enumerate(order):
+        run = [str(a) for a in simulated[rank] if a is not None and a.is_compute_op]
+        assert run == [str(action) for action in actions]
         assert [str(action) for action in runtime.pipeline_order[rank]] == [
             str(action) for action in actions
         ]
