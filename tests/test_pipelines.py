@@ -24,6 +24,7 @@ from simcore.pipelines.orders import Order, is_split, stage_ranks
 from simcore.pipelines.text import schedule_from_text, schedule_to_text
 from simcore.pipelines.unit import EQUAL, run_units
 from simcore.program import Action
+from simcore.scenario import make_scenario
 from simcore.schedules import SCHEDULES, find_schedule
 from simcore.workloads import TrainStep
 from validation.plots import schedule_figure
@@ -332,6 +333,19 @@ def test_copies_of_tied_embeddings_are_refused() -> None:
         lower_training(GPT2, parallel, TrainStep(4, 64))
 
 
+def test_a_tied_table_is_reduced_when_its_gradient_is_whole(tmp_path: Path) -> None:
+    order = order_of("zbv", 2, 4)
+    last = next(action for action in reversed(order[0]) if action.stage == 3)
+    order[0].remove(last)
+    order[0].append(last)
+    path = tmp_path / "late.csv"
+    path.write_text(schedule_to_text(order))
+    parallel = strategy("pp", schedule=str(path), virtual_stages=2)
+    assert lower_training(LLAMA, parallel, TrainStep(4, 64)).stage_rank == (0, 1, 1, 0)
+    with pytest.raises(InputError, match="first stage's last action"):
+        lower_training(GPT2, parallel, TrainStep(4, 64))
+
+
 def test_generation_has_one_stage_per_rank() -> None:
     with pytest.raises(InputError, match="virtual_stages"):
         lower_pass(EIGHT, strategy("pp", virtual_stages=2), 2, 4, 0)
@@ -348,6 +362,13 @@ def test_a_schedule_from_a_file_runs_like_the_named_one(tmp_path: Path) -> None:
         for name in (str(path), "zbv")
     ]
     assert programs[0].order == programs[1].order
+    scenario = make_scenario(
+        model={"name": "llama-3-8b"},
+        cluster={"gpu": "h100-sxm-80gb", "gpus_per_node": 2},
+        parallel={"pp": 2, "schedule": str(path), "virtual_stages": 2},
+        workload={"kind": "train", "global_batch": 6, "seq_len": 128},
+    )
+    assert scenario.strategy().schedule == str(path)
 
 
 @pytest.mark.parametrize(
