@@ -417,8 +417,8 @@ def _check_tied(parallel: ParallelStrategy, orders: Order, placement: Placement)
         if final[last] > final[first]:
             raise InputError(
                 f"the schedule {parallel.schedule!r} ends the last stage after the first, which "
-                "tied embeddings on one rank do not allow: let the first stage's last action be the "
-                "last of all."
+                "tied embeddings on one rank do not allow: let the first stage's last action be "
+                "the last of all."
             )
 
 
