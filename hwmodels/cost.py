@@ -61,7 +61,7 @@ class ClusterCost:
     def layout(self, group: str) -> GroupLayout:
         """Return how the groups along ``group`` lie on nodes."""
         if group not in self.layouts:
-            if group in ("ends", "mirror"):
+            if group in ("ends", "mirror"):  # mirrored pairs as the outermost, which are the ends
                 degree, inner = 2, self.cluster.world // 2
             elif (sizes := folded(group)) is not None:
                 inner, degree = sizes

@@ -416,6 +416,8 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     orders = schedule(parallel.pp, count, parallel.virtual_stages)
     placement = Placement.of(orders, schedule.copies)
     _check_backward(parallel, orders)
+    if model.tied_embeddings:
+        _check_tied(parallel, orders, placement)
     check_split(model, parallel, workload.seq_len)
     rows = Rows(parallel.microbatch, workload.seq_len // parallel.cp, split=parallel.split)
     tp = TensorParallel(parallel.tp, parallel.sequence_parallel)
@@ -465,6 +467,19 @@ def _check_backward(parallel: ParallelStrategy, orders: Order) -> None:
             f"the schedule {parallel.schedule!r} splits backwards, which needs zero_stage 0 or 1: "
             "lower [parallel].zero_stage, or choose '1f1b'."
         )
+
+
+def _check_tied(parallel: ParallelStrategy, orders: Order, placement: Placement) -> None:
+    """Raise where a rank with both ends would reduce a tied table before its gradient is whole."""
+    first, last = 0, placement.chain - 1
+    if last and placement.stage_rank[first] == placement.stage_rank[last]:
+        final = {action.stage: i for i, action in enumerate(orders[placement.stage_rank[first]])}
+        if final[last] > final[first]:
+            raise InputError(
+                f"the schedule {parallel.schedule!r} ends the last stage after the first, which "
+                "tied embeddings on one rank do not allow: let the first stage's last action be "
+                "the last of all."
+            )
 
 
 def _ending(

@@ -22,8 +22,9 @@ from simcore.pipelines.asynchronous import ASYNCHRONOUS, staleness
 from simcore.pipelines.checking import check_schedule
 from simcore.pipelines.orders import Order, is_split, stage_ranks
 from simcore.pipelines.text import schedule_from_text, schedule_to_text
-from simcore.pipelines.unit import run_units
+from simcore.pipelines.unit import EQUAL, run_units
 from simcore.program import Action
+from simcore.scenario import make_scenario
 from simcore.schedules import SCHEDULES, find_schedule
 from simcore.workloads import TrainStep
 from validation.plots import schedule_figure
@@ -94,9 +95,15 @@ def test_torch_s_runtime_loads_the_text(name: str, tmp_path: Path) -> None:
             [str(action) for action in actions] for actions in order
         ]
         return
-    theirs.PipelineScheduleMulti._load_csv(runtime, str(path))
+    runtime._defer_pp_recv = False
+    runtime._load_csv(str(path), "compute_only")
     assert runtime.stage_index_to_group_rank == dict(enumerate(ranks))
+    loaded = {rank: list(actions) for rank, actions in runtime.pipeline_order.items()}
+    messages = theirs._add_send_recv(loaded, ranks.__getitem__, len(ranks))
+    simulated = theirs._simulate_comms_compute(messages, ranks.__getitem__, len(ranks))
     for rank, actions in enumerate(order):
+        run = [str(a) for a in simulated[rank] if a is not None and a.is_compute_op]
+        assert run == [str(action) for action in actions]
         assert [str(action) for action in runtime.pipeline_order[rank]] == [
             str(action) for action in actions
         ]
@@ -153,7 +160,7 @@ def test_dualpipe_idles_no_more_than_published(p: int, m: int) -> None:
     """
     found = run_units(order_of("dualpipe", p, m), 2)
     idle = found.line.step_s - found.busy[0]
-    forward, back, weight = 1.0, 2.0, 1.0
+    forward, back, weight = (EQUAL[kind] for kind in "FBW")
     published = (p / 2 - 1) * (forward + back + back - 3 * weight)
     assert 0 < idle <= published
 
@@ -326,6 +333,19 @@ def test_copies_of_tied_embeddings_are_refused() -> None:
         lower_training(GPT2, parallel, TrainStep(4, 64))
 
 
+def test_a_tied_table_is_reduced_when_its_gradient_is_whole(tmp_path: Path) -> None:
+    order = order_of("zbv", 2, 4)
+    last = next(action for action in reversed(order[0]) if action.stage == 3)
+    order[0].remove(last)
+    order[0].append(last)
+    path = tmp_path / "late.csv"
+    path.write_text(schedule_to_text(order))
+    parallel = strategy("pp", schedule=str(path), virtual_stages=2)
+    assert lower_training(LLAMA, parallel, TrainStep(4, 64)).stage_rank == (0, 1, 1, 0)
+    with pytest.raises(InputError, match="first stage's last action"):
+        lower_training(GPT2, parallel, TrainStep(4, 64))
+
+
 def test_generation_has_one_stage_per_rank() -> None:
     with pytest.raises(InputError, match="virtual_stages"):
         lower_pass(EIGHT, strategy("pp", virtual_stages=2), 2, 4, 0)
@@ -342,6 +362,13 @@ def test_a_schedule_from_a_file_runs_like_the_named_one(tmp_path: Path) -> None:
         for name in (str(path), "zbv")
     ]
     assert programs[0].order == programs[1].order
+    scenario = make_scenario(
+        model={"name": "llama-3-8b"},
+        cluster={"gpu": "h100-sxm-80gb", "gpus_per_node": 2},
+        parallel={"pp": 2, "schedule": str(path), "virtual_stages": 2},
+        workload={"kind": "train", "global_batch": 6, "seq_len": 128},
+    )
+    assert scenario.strategy().schedule == str(path)
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,21 @@ from simcore.pipelines.placement import BACKWARD, Placement
 from simcore.program import Action
 from simcore.timeline import Span, Timeline, timeline
 
-EQUAL = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+UNIT_S = 1e-3
+EQUAL = {"F": UNIT_S, "B": 2 * UNIT_S, "I": UNIT_S, "W": UNIT_S}
 """Seconds per kind on a whole rank; a stage of a rank with v stages takes 1/v of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a run on unit costs shows. Times in units, per rank where a list."""
+    """What a run on unit costs shows: its timeline, and seconds per rank.
+
+    ``busy``: at work; ``within``: idle between the rank's first action and its last.
+    """
 
     line: Timeline
     busy: tuple[float, ...]
-    within: tuple[float, ...]  # idle between a rank's first action and its last
+    within: tuple[float, ...]
 
     @property
     def bubble_fraction(self) -> float:
