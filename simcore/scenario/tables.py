@@ -95,6 +95,9 @@ class ParallelTable(Table):
     )
     cp_ring: Degree = key_of("Ring part of cp, for usp.", 1, unit="ranks")
     cp_ulysses: Degree = key_of("Ulysses part of cp, for usp.", 1, unit="ranks")
+    cp_window: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
+        "Ranks of an inner ring, for a double ring; 0: one ring.", 0, unit="ranks"
+    )
     ep: OneForNow = key_of("Expert-parallel degree; only 1 in this version.", 1, unit="ranks")
     etp: OneForNow = key_of(
         "Tensor parallelism of experts; only 1 in this version.", 1, unit="ranks"
