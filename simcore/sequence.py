@@ -5,7 +5,7 @@ one another. Ring place r holds the rows that the layout gives it; its Ulysses r
 runs of these rows.
 Sources: ring attention (Liu et al. 2023), striped layout (Brandon et al. 2023), zigzag layout
 (Llama 3, Dubey et al. 2024, section 3.3.2), Ulysses (Jacobs et al. 2023), both at once (USP, Fang
-and Zhao 2024).
+and Zhao 2024), double ring (LoongTrain, Gu et al. 2024).
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ def positions(split: SequenceSplit, length: int, place: int, part: int) -> NDArr
 
 
 def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Tile, ...]:
-    """Return per ring place the tile of step ``step``, in which place r has the keys of r - step.
+    """Return per ring place its tile of step ``step``, where it has keys of `SequenceSplit.source`.
 
-    (In a double ring, of the place that `SequenceSplit.source` tells.) Where queries travel, it has the queries of r - step instead. ``rows``: those of one ring place.
+    Where queries travel, it has that place's queries. ``rows``: those of one ring place.
     """
     if not causal:
         return ((0, rows, 0, rows, False),) * split.ring

@@ -188,6 +188,19 @@ def test_a_ring_of_queries_sends_queries_away_and_outputs_home(kv_heads: int) ->
     assert (away < keys) == (kv_heads == model.heads)  # one way carries half of K and V, or more
 
 
+@pytest.mark.parametrize(("ring", "window"), [(4, 2), (8, 2), (8, 4)])
+def test_a_double_ring_moves_most_blocks_inside(ring: int, window: int) -> None:
+    program, outer = lowered(cp=ring, cp_window=window), ring // window
+    steps = {"F": (outer * (window - 1), outer - 1), "B": (outer * (2 * window - 1), 2 * outer - 1)}
+    for block, (inside, between) in steps.items():
+        ops = program.blocks[f"layer.{block}"].ops
+        found = Counter(op.group for op in ops if op.kind == "ring_shift")
+        assert found == {"cp_inner": inside, "cp_outer": between}
+    kv_width = LLAMA.kv_heads * LLAMA.head_dim
+    moved = payload(program, "ring_shift", "layer.F")
+    assert moved == ring_bytes(SequenceSplit(ring), SEQ, kv_width, 2)
+
+
 def test_two_ways_help_where_links_have_two() -> None:
     """Over a mesh of links each way has wires of its own; through a switch both share a port."""
     model = replace(LLAMA, kv_heads=LLAMA.heads)
