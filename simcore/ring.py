@@ -86,12 +86,12 @@ def _alone(b: Builder, ring: Ring, qkv: str) -> str:
 
 def _ring(b: Builder, ring: Ring, qkv: str) -> str:
     """Append attention in which keys and values go round; return the output."""
-    block, last = b.act("kv.0", ring.tokens, ring.kv_width), ring.split.ring - 1
+    block, last = b.act("kv.0", *ring.kv_shape), ring.split.ring - 1
     b.ops.append(ring.packed(qkv, block))
     total: tuple[str, str] | None = None
     for step in range(last + 1):
-        if step < last:
-            b.ops.append(ring.shifted(block, b.act(f"kv.{step + 1}", ring.tokens, ring.kv_width)))
+        for following, outer in ring.following(step):
+            b.ops.append(ring.shifted(block, b.act(following, *ring.kv_shape), outer=outer))
         part = ring.pair(b, f".{step}")
         b.ops.append(ring.block("attention_block", step, (qkv, block), part))
         if total is not None:
@@ -144,11 +144,29 @@ class Ring:
         """Return the op that copies keys and values out of packed rows."""
         return self.columns(qkv, block, self.q_width, self.kv_width)
 
-    def shifted(self, block: str, following: str) -> Op:
-        """Return the op that passes a block to the next rank."""
-        dims = {"n": self.tokens * self.kv_width}
-        axis = self.split.ring_axis
-        return Op("ring_shift", dims, self.dtype, (block,), (following,), STREAM, axis)
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Rows and columns of a block of keys and values."""
+        return self.tokens, self.kv_width
+
+    def following(self, step: int) -> list[tuple[str, bool]]:
+        """Return the blocks that the block of ``step`` is passed on as, and whether outwards.
+
+        The first block of an inner ring also goes to the next inner ring.
+        """
+        inner, found = self.split.inner, []
+        if step % inner == 0 and step + inner < self.split.ring:
+            found.append((f"kv.{step + inner}", True))
+        if (step + 1) % inner:
+            found.append((f"kv.{step + 1}", False))
+        return found
+
+    def shifted(self, block: str, following: str, *, outer: bool = False) -> Op:
+        """Return the op that passes a block to the next rank, or to that of the next ring."""
+        dims, split = {"n": self.tokens * self.kv_width}, self.split
+        axis = ("cp_outer" if outer else "cp_inner") if split.doubled else split.ring_axis
+        stream = f"{STREAM}.outer" if outer else STREAM
+        return Op("ring_shift", dims, self.dtype, (block,), (following,), stream, axis)
 
     def block(self, kind: str, step: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Op:
         """Return an op on the queries and the block of ``step``; its dims are the busiest rank's.
@@ -179,24 +197,35 @@ def _ring_adjoint(op: Op, ring: Ring, tape: Tape) -> None:
         tape.buffers.setdefault(name, Buffer((ring.tokens, width), ring.dtype))
         return name
 
-    emit, last = tape.input_ops.append, ring.split.ring - 1
+    emit, inner = tape.input_ops.append, ring.split.inner
+
+    def plus(carried: str, part: str, name: str, width: int) -> str:
+        """Return the sum of two gradients, or the second where there is no first."""
+        if not carried:
+            return part
+        emit(ring.sum(carried, part, fresh(name, width), width))
+        return name
+
+    def passed(grad: str, name: str, *, outer: bool = False) -> str:
+        emit(ring.shifted(grad, fresh(name, ring.kv_width), outer=outer))
+        return name
+
     emit(ring.packed(qkv, "kv.0"))
-    queries, block, home = "", "kv.0", ""
+    queries, carried, home = "", "", ""  # home: of the inner rings before
     for step in range(ring.split.ring):
-        if step < last:
-            emit(ring.shifted(block, f"kv.{step + 1}"))
-        part = fresh(f"d.q.{step}", ring.q_width), fresh(f"d.kv.{step}", ring.kv_width)
-        reads = (f"d.{out}", qkv, block, out, lse)
-        emit(ring.block("attention_block_backward", step, reads, part))
-        if step:
-            total = fresh(f"d.q.to{step}", ring.q_width)
-            emit(ring.sum(queries, part[0], total, ring.q_width))
-            carried = fresh(f"d.kv.to{step}", ring.kv_width)
-            emit(ring.sum(home, part[1], carried, ring.kv_width))
-            part = total, carried
-        home = fresh(f"d.kv.came{step}", ring.kv_width)
-        emit(ring.shifted(part[1], home))
-        queries, block = part[0], f"kv.{step + 1}"
+        for following, outer in ring.following(step):
+            emit(ring.shifted(f"kv.{step}", following, outer=outer))
+        dq, dkv = fresh(f"d.q.{step}", ring.q_width), fresh(f"d.kv.{step}", ring.kv_width)
+        reads = (f"d.{out}", qkv, f"kv.{step}", out, lse)
+        emit(ring.block("attention_block_backward", step, reads, (dq, dkv)))
+        queries = plus(queries, dq, f"d.q.to{step}", ring.q_width)
+        total = plus(carried, dkv, f"d.kv.to{step}", ring.kv_width)
+        carried = passed(total, f"d.kv.came{step}")
+        if (step + 1) % inner == 0:  # home in its inner ring
+            home = plus(home, carried, f"d.kv.home{step}", ring.kv_width)
+            carried = ""
+            if ring.split.doubled:
+                home = passed(home, f"d.kv.back{step}", outer=True)
     width = {"t": ring.tokens, "n": ring.q_width + ring.kv_width}
     tape.contribute(qkv, "join_columns", width, op.dtype, (queries, home))
 

@@ -5,7 +5,7 @@ one another. Ring place r holds the rows that the layout gives it; its Ulysses r
 runs of these rows.
 Sources: ring attention (Liu et al. 2023), striped layout (Brandon et al. 2023), zigzag layout
 (Llama 3, Dubey et al. 2024, section 3.3.2), Ulysses (Jacobs et al. 2023), both at once (USP, Fang
-and Zhao 2024).
+and Zhao 2024), double ring (LoongTrain, Gu et al. 2024).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simcore.ops import Op
-from simcore.program import Program, coordinates, group_ranks
+from simcore.program import Program, group_ranks
 
 # Rows [first, end) of the queries, rows [first, end) of the keys, and whether a causal mask lies
 # on the square between them.
@@ -33,6 +33,7 @@ class SequenceSplit:
     ulysses: int = 1
     layout: str = "zigzag"
     travels: str = "keys"  # what goes round the ring: keys and values, or queries
+    window: int = 0  # double ring: places of an inner ring; 0: one ring
 
     @property
     def degree(self) -> int:
@@ -42,14 +43,34 @@ class SequenceSplit:
     @property
     def axes(self) -> dict[str, int]:
         """The mesh axes that the sequence is split over, outermost first."""
+        if self.doubled:
+            return {"cp_outer": self.ring // self.window, "cp_inner": self.window}
         if self.ring > 1 and self.ulysses > 1:
             return {"cp_ring": self.ring, "cp_ulysses": self.ulysses}
         return {"cp": self.degree}
 
     @property
+    def doubled(self) -> bool:
+        """Whether blocks go round inner rings, which pass them on to one another."""
+        return 1 < self.window < self.ring
+
+    @property
     def ring_axis(self) -> str:
-        """Mesh axis of the ring."""
+        """Mesh axis, or axes, along which places on the ring are counted."""
+        if self.doubled:
+            return "*".join(self.axes)
         return "cp_ring" if self.ulysses > 1 else "cp"
+
+    @property
+    def inner(self) -> int:
+        """Places of the ring that a block goes round before it moves to the next one."""
+        return self.window if self.doubled else self.ring
+
+    def source(self, place: int, step: int) -> int:
+        """Return the place whose block ``place`` has in a step."""
+        (outer, inner), (rounds, steps) = divmod(place, self.inner), divmod(step, self.inner)
+        rings = self.ring // self.inner
+        return (outer - rounds) % rings * self.inner + (inner - steps) % self.inner
 
     @property
     def ulysses_axis(self) -> str:
@@ -122,16 +143,16 @@ def positions(split: SequenceSplit, length: int, place: int, part: int) -> NDArr
 
 
 def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Tile, ...]:
-    """Return per ring place the tile of step ``step``, in which place r has the keys of r - step.
+    """Return per ring place its tile of step ``step``, where it has keys of `SequenceSplit.source`.
 
-    Where queries travel, it has the queries of r - step instead. ``rows``: those of one ring place.
+    Where queries travel, it has that place's queries. ``rows``: those of one ring place.
     """
     if not causal:
         return ((0, rows, 0, rows, False),) * split.ring
     if step == 0:
         return ((0, rows, 0, rows, True),) * split.ring
     tile = LAYOUTS[split.layout][1]
-    pairs = [(place, (place - step) % split.ring) for place in range(split.ring)]
+    pairs = [(place, split.source(place, step)) for place in range(split.ring)]
     if split.travels == "queries":
         pairs = [(source, place) for place, source in pairs]
     return tuple(tile(rows, place, source) for place, source in pairs)
@@ -158,9 +179,13 @@ def split_of(program: Program) -> SequenceSplit:
 
 def rank_positions(program: Program, rank: int) -> NDArray[np.int64]:
     """Return the positions in a sequence of the rows that ``rank`` holds."""
-    split, where = split_of(program), coordinates(program.mesh, rank)
-    place = where[split.ring_axis] if split.ring > 1 else 0
-    part = where[split.ulysses_axis] if split.ulysses > 1 else 0
+    split = split_of(program)
+
+    def index(axis: str) -> int:
+        return group_ranks(program.mesh, axis, rank).index(rank)
+
+    place = index(split.ring_axis) if split.ring > 1 else 0
+    part = index(split.ulysses_axis) if split.ulysses > 1 else 0
     return positions(split, int(program.info["seq_len"]), place, part)
 
 

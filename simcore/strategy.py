@@ -40,13 +40,14 @@ class ParallelStrategy:
     cp_layout: str = "zigzag"  # which rows a place on the ring holds
     cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses
     cp_ulysses: int = 1
+    cp_window: int = 0  # double ring: ranks of an inner ring
 
     @property
     def split(self) -> SequenceSplit:
         """How a sequence is split over the cp ranks."""
         ring = {"ulysses": 1, "usp": self.cp_ring}.get(self.cp_kind, self.cp)
         travels = "queries" if self.cp_kind == "token_ring" else "keys"
-        return SequenceSplit(ring, self.cp // ring, self.cp_layout, travels)
+        return SequenceSplit(ring, self.cp // ring, self.cp_layout, travels, self.cp_window)
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -194,6 +195,12 @@ def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) 
         raise InputError(
             f"[parallel].cp_ring {ring} and cp_ulysses {ulysses} do not go with cp_kind "
             f"{parallel.cp_kind!r} and cp {parallel.cp}: leave them out, or set cp_kind = 'usp'."
+        )
+    window = parallel.cp_window
+    if window and (parallel.cp_kind != "ring" or parallel.cp % window):
+        raise InputError(
+            f"[parallel].cp_window {window} needs cp_kind = 'ring' and a cp that it divides, not "
+            f"{parallel.cp_kind!r} and {parallel.cp}: leave it out, or change them."
         )
     for what in ("heads", "kv_heads") if split.ulysses > 1 else ():
         each = -(-getattr(model, what) // parallel.tp)

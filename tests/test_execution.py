@@ -190,6 +190,8 @@ CASES = [
     case("ring-of-four", cp=4),
     case("ring-of-four-contiguous", cp=4, cp_layout="contiguous"),
     case("ring-of-four-striped", cp=4, cp_layout="striped", zero_stage=2),
+    case("double-ring", cp=4, cp_window=2, microbatch=2),
+    case("double-ring-gpt2", GPT2, cp=4, cp_window=2, cp_layout="contiguous", zero_stage=3),
     case("token-ring-of-four", cp=4, cp_kind="token_ring"),
     case("token-ring-of-four-gpt2", GPT2, cp=4, cp_kind="token_ring", cp_layout="contiguous"),
     case("usp", cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2),

@@ -42,6 +42,7 @@ STRATEGIES = {
     **{f"ring-{layout}": {"cp": 4, "cp_layout": layout} for layout in LAYOUTS},
     "token-ring": {"cp": 4, "cp_kind": "token_ring"},
     "token-ring-striped": {"cp": 4, "cp_kind": "token_ring", "cp_layout": "striped"},
+    "double-ring": {"cp": 4, "cp_window": 2},
     "ulysses": {"cp": 2, "cp_kind": "ulysses"},
     "usp": {"cp": 4, "cp_kind": "usp", "cp_ring": 2, "cp_ulysses": 2},
     "ring-tp-pp": {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True},
@@ -187,6 +188,19 @@ def test_a_ring_of_queries_sends_queries_away_and_outputs_home(kv_heads: int) ->
     assert (away < keys) == (kv_heads == model.heads)  # one way carries half of K and V, or more
 
 
+@pytest.mark.parametrize(("ring", "window"), [(4, 2), (8, 2), (8, 4)])
+def test_a_double_ring_moves_most_blocks_inside(ring: int, window: int) -> None:
+    program, outer = lowered(cp=ring, cp_window=window), ring // window
+    steps = {"F": (outer * (window - 1), outer - 1), "B": (outer * (2 * window - 1), 2 * outer - 1)}
+    for block, (inside, between) in steps.items():
+        ops = program.blocks[f"layer.{block}"].ops
+        found = Counter(op.group for op in ops if op.kind == "ring_shift")
+        assert found == {"cp_inner": inside, "cp_outer": between}
+    kv_width = LLAMA.kv_heads * LLAMA.head_dim
+    moved = payload(program, "ring_shift", "layer.F")
+    assert moved == ring_bytes(SequenceSplit(ring), SEQ, kv_width, 2)
+
+
 def test_two_ways_help_where_links_have_two() -> None:
     """Over a mesh of links each way has wires of its own; through a switch both share a port."""
     model = replace(LLAMA, kv_heads=LLAMA.heads)
@@ -278,6 +292,7 @@ def test_blocks_arrive_while_others_are_attended_to() -> None:
         (SEQ, {"cp": 8, "cp_kind": "ulysses"}, ("heads", "use a ring")),
         (SEQ, {"cp": 4, "cp_kind": "usp", "cp_ring": 2}, ("cp_ring 2 x cp_ulysses 1",)),
         (SEQ, {"cp": 4, "cp_ring": 2}, ("cp_kind", "usp")),
+        (SEQ, {"cp": 4, "cp_window": 3}, ("cp_window 3", "divides")),
         (SEQ, {"cp": 2, "cp_kind": "rings"}, ("cp_kind", "'ring'")),
         (SEQ, {"cp": 2, "cp_layout": "zigzags"}, ("cp_layout", "'zigzag'")),
     ],

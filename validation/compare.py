@@ -334,7 +334,7 @@ def strategy_text(parallel: ParallelStrategy, kind: str) -> str:
     """Return a strategy in a few words."""
     words = [
         f"{axis} {getattr(parallel, axis)}"
-        for axis in ("dp_replicate", "dp_shard", "tp", "pp")
+        for axis in ("dp_replicate", "dp_shard", "cp", "tp", "pp")
         if getattr(parallel, axis) > 1
     ]
     if kind == "generate":

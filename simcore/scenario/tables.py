@@ -96,6 +96,9 @@ class ParallelTable(Table):
     )
     cp_ring: Degree = key_of("Ring part of cp, for usp.", 1, unit="ranks")
     cp_ulysses: Degree = key_of("Ulysses part of cp, for usp.", 1, unit="ranks")
+    cp_window: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
+        "Ranks of an inner ring, for a double ring; 0: one ring.", 0, unit="ranks"
+    )
     ep: Degree = key_of(
         "Ranks that share out the experts of a layer, out of dp x cp x tp.", 1, unit="ranks"
     )
