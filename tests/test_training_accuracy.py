@@ -235,8 +235,8 @@ def test_megatron_steps_unseen() -> None:
         r for r in megatron_runs(measured("megatron_a100_single_node.csv")) if r.parallel.pp < 4
     ]
     small = [r for r in runs if r.model.layers == 12]
-    seen = [r for r in small if r.model.hidden == 2048][::20]
-    unseen = [r for r in small if r.model.hidden == 1024][::12]
+    seen = [r for r in small if r.model.hidden == 2048][::30]
+    unseen = [r for r in small if r.model.hidden == 1024][::24]
     start = load_framework("megatron-2022")
 
     def median_error(runs: list[Run], issue_s: float) -> float:
