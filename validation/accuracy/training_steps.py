@@ -60,7 +60,7 @@ BOUNDS = {
     "memory_share": (0.2, 1.0),
 }
 _INSIDE = 0.15  # how far from its bounds, in logarithms, a search starts
-_MOST_FITTED = 60  # runs, evenly spread: more of a regular sweep tell nothing new
+_MOST_FITTED = 30  # runs, evenly spread: more of a regular sweep tell nothing new
 
 
 def fitted(framework: Framework, runs: Sequence[Run], names: Sequence[str]) -> Framework:
@@ -87,7 +87,7 @@ def fitted(framework: Framework, runs: Sequence[Run], names: Sequence[str]) -> F
         loss="soft_l1",
         f_scale=0.05,
         diff_step=0.02,
-        max_nfev=6,
+        max_nfev=15,
         xtol=1e-3,
         ftol=1e-3,
     )
