@@ -171,8 +171,8 @@ def nanotron_model(row: Row) -> ModelSpec:
 
 
 # Jobs from here on, over several nodes, ran where each collective of tensor ranks took the host
-# about 0.4 ms for every rank, whatever its size (the file's own notes): another state of the hosts. Their own all-reduce test
-# inside a node shows it too: 424 GB/s where earlier jobs had 458.
+# about 0.4 ms for every rank, whatever its size (the file's own notes): another state of the hosts.
+# Their own all-reduce test inside a node shows it too: 424 GB/s where earlier jobs had 458.
 CONTENDED_JOB = 14_018_000
 _OUTLIER = 3.0
 _PEERS = 3
