@@ -38,14 +38,16 @@ class Framework:
     ``kernels``: launches for one op of a kind, 1 where it is not named; ``passes``: traffic of an
     elementwise kind over that of the program, 0 where another kernel does it on its way.
     ``issue_s``: host time per kernel; ``call_s``: per collective or message, and ``call_rank_s``
-    more for every rank of its group; ``skew_s``: mean delay of a rank that a collective waits for; ``*_share``: part of their benchmarked speed that kernels of
-    a family keep; ``step_s``: work of a step that belongs to no op.
+    more for every rank of its group. ``skew_s``: mean delay of the ranks that a collective waits
+    for. ``*_share``: part of their benchmarked speed that kernels of a family keep. ``step_s``:
+    work of a step that belongs to no op.
     """
 
     name: str
     attention: str = "fused"
     overlaps_gradients: bool = True
     waits_for_messages: bool = False
+    waits_for_batches: bool = False
     issue_s: float = 0.0
     call_s: float = 0.0
     call_rank_s: float = 0.0
@@ -92,11 +94,15 @@ def arranged(program: Program, framework: Framework) -> Program:
     """Return the program as the framework orders it.
 
     Where reductions do not overlap they are in line with compute. Where hosts wait for messages,
-    each message is received right before the action that needs it, and its op says so.
+    each message is received right before the action that needs it, and its op says so. Where they
+    wait for batches, no host starts a microbatch before its device is done with what came before.
+    The estimator heeds both waits, the event engine neither.
     """
     if not framework.overlaps_gradients:
         blocks = {name: Block(name, _in_line(block.ops)) for name, block in program.blocks.items()}
         program = replace(program, blocks=blocks)
+    if framework.waits_for_batches:
+        program = replace(program, info={**program.info, "waits": True})
     if not framework.waits_for_messages:
         return program
     blocks = {
@@ -206,8 +212,9 @@ class FrameworkCost:
         if op.kind == "alias" or framework.passes.get(op.kind) == 0:
             return 0.0
         if op.kind in COMMUNICATION:
-            ranks = self.base.layout(op.group).ranks if op.group not in ("", "pp") else 2
-            return framework.call_s + framework.call_rank_s * ranks
+            grouped = op.group not in ("", "pp")
+            ranks = np.asarray(self.base.layout(op.group).ranks if grouped else 2)
+            return framework.call_s + framework.call_rank_s * ranks.astype(np.float64)
         return framework.issue_s * framework.kernels.get(op.kind, 1.0)
 
     def slowdown(self, op: Op, beside: Op) -> Size:

@@ -168,6 +168,8 @@ class _Path:
     def compute(self, rank: int, clock: Clock, action: Action) -> bool:
         """Run an action from its template, unless it needs a message that is under way."""
         body = action.body
+        if action.kind == "F" and self.program.info.get("waits"):
+            clock.at[HOST] = max(clock.at[HOST], clock.at.get(COMPUTE, 0.0))
         done = clock.act(self.laid[body], action.microbatch)
         if done is None:
             return False

@@ -8,11 +8,13 @@ from pathlib import Path
 from validation.accuracy.collectives import collective_tables
 from validation.accuracy.kernels import kernel_tables
 from validation.accuracy.table import Table
+from validation.accuracy.training import training_tables
 from validation.accuracy.training_memory import memory_tables
 
 SECTIONS: dict[str, Callable[[Path], list[Table]]] = {
     "kernels": kernel_tables,
     "collectives": collective_tables,
+    "training": training_tables,
     "memory": memory_tables,
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from hwmodels.memory import COMMUNICATION_BYTES, CONTEXT_BYTES
 from hwmodels.training_memory import Layer, Rank, peak_bytes
+from simcore.strategy import stage_layers
 from validation.accuracy.table import Table, percent
 from validation.importers.training import Row, Run, nanotron_runs, padded_vocab, rows_of
 
@@ -134,16 +135,6 @@ _GIB = 2.0**30
 USABLE_BYTES = 79.1 * _GIB - CONTEXT_BYTES - COMMUNICATION_BYTES[4]
 
 
-def layers_by_cost(run: Run) -> list[int]:
-    """Return nanotron's layers per stage: equal cost, the head counted as layers of its size."""
-    model, pp = run.model, run.parallel.pp
-    if pp == 1:
-        return [model.layers]
-    head = model.vocab / (4 * model.hidden + 3 * model.ffn)
-    each = min(max(1, round((model.layers + head) / pp)), model.layers // (pp - 1))
-    return [each] * (pp - 1) + [model.layers - each * (pp - 1)]
-
-
 def nanotron_bytes(run: Run) -> float:
     """Return the predicted peak of a run's worst rank.
 
@@ -155,7 +146,7 @@ def nanotron_bytes(run: Run) -> float:
     )
     count = run.step.global_batch // parallel.dp // parallel.microbatch
     peaks = []
-    for index, layers in enumerate(layers_by_cost(run)):
+    for index, layers in enumerate(stage_layers(model, parallel)):
         rank = Rank(
             parallel.tp,
             parallel.pp,

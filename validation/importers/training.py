@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
+from statistics import median
 
 from simcore.errors import InputError
 from simcore.models import ModelSpec
@@ -30,6 +32,8 @@ class Run:
     seconds: float
     source: str
     link: str = ""  # between nodes; "" for the chip's usual one
+    link_bytes_per_s: float = 0.0  # a rank's share of it, as measured on the nodes; 0: datasheet's
+    state: str = ""  # of the hosts, where a sweep knows several
 
     @property
     def world(self) -> int:
@@ -166,10 +170,54 @@ def nanotron_model(row: Row) -> ModelSpec:
     )
 
 
+# Jobs from here on, over several nodes, ran where each collective of tensor ranks took the host
+# about 0.4 ms for every rank, whatever its size (the file's own notes): another state of the hosts.
+# Their own all-reduce test inside a node shows it too: 424 GB/s where earlier jobs had 458.
+CONTENDED_JOB = 14_018_000
+_OUTLIER = 3.0
+_PEERS = 3
+
+
+def without_outliers(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that are not over three times as slow as their peers.
+
+    Slow is time per layer and slot of the pipeline, seconds x pp / (microbatches + pp - 1); peers
+    are runs of the same tp, microbatch and state of the hosts, at least three. No prediction is
+    asked.
+    """
+    peers: dict[tuple[int, int, str], list[float]] = {}
+
+    def key(run: Run) -> tuple[int, int, str]:
+        return run.parallel.tp, run.parallel.microbatch, run.state
+
+    for run in runs:
+        peers.setdefault(key(run), []).append(_slot_seconds(run))
+    limit = {k: _OUTLIER * median(v) for k, v in peers.items() if len(v) >= _PEERS}
+    return [run for run in runs if _slot_seconds(run) <= limit.get(key(run), inf)]
+
+
+def _slot_seconds(run: Run) -> float:
+    parallel = run.parallel
+    count = run.step.global_batch // parallel.dp // parallel.microbatch
+    return run.seconds * parallel.pp / (count + parallel.pp - 1)
+
+
+def layers_by_cost(model: ModelSpec, pp: int) -> tuple[int, ...]:
+    """Return nanotron's layers per stage: equal cost, the head counted as layers of its size."""
+    if pp == 1:
+        return (model.layers,)
+    head = model.vocab / (4 * model.hidden + 3 * model.ffn)
+    each = min(max(1, round((model.layers + head) / pp)), (model.layers - 1) // (pp - 1))
+    if each == 0:
+        return (1,) * model.layers + (0,) * (pp - model.layers)
+    return (each,) * (pp - 1) + (model.layers - each * (pp - 1),)
+
+
 def nanotron_runs(path: Path) -> list[Run]:
     """Return the runs of ``nanotron_h100_3.6b.csv``, those out of memory with 0 seconds.
 
-    1F1B, sequence parallelism, fp32 gradients; ZeRO 1 shards states over dp.
+    1F1B, sequence parallelism, fp32 gradients; ZeRO 1 shards states over dp. The link between
+    nodes has what the run's own all-reduce test measured: an eighth of its bus bandwidth per rank.
     """
     found = []
     for row in rows_of(path):
@@ -185,9 +233,11 @@ def nanotron_runs(path: Path) -> list[Run]:
             microbatch=mbs,
             zero_stage=1 if sharded else 0,
             sequence_parallel=True,
+            layers_per_stage=layers_by_cost(nanotron_model(row), pp),
         )
-        seq_len, rate = int(row["seq_len"]), row["tok/s/gpu"]
+        seq_len, rate, bus = int(row["seq_len"]), row["tok/s/gpu"], row["AllReduce (GB/s)"]
         world = parallel.world
+        state = "contended" if int(row["job_id"]) >= CONTENDED_JOB and world > 8 else ""
         seconds = batch * seq_len / float(rate) / world if rate else 0.0
         nodes = max(1, world // 8)
         found.append(
@@ -201,6 +251,8 @@ def nanotron_runs(path: Path) -> list[Run]:
                 seconds,
                 row["job_id"],
                 "efa-100x32",
+                round(float(bus) / 8 / 0.5) * 0.5e9 if bus and world > 8 else 0.0,
+                state,
             )
         )
     return found
