@@ -70,8 +70,8 @@ _SPLIT_STEP = 0.1  # of a kernel's own time, for each part that is combined
 _SECTOR_BYTES = 32.0  # the least that memory moves
 _PAGE_ENTRY_BYTES = 4.0
 _ROW_BYTES = 2.0  # queries and results are kept in 16 bits
-# FLOPs a cycle of the widest unit that blocks are cut for (16-bit operands: a B200's), and usually.
-_WIDEST_RATE, _TYPICAL_RATE = 16384.0, 4096.0
+# FLOPs a cycle of the units that blocks are cut for (16-bit operands, a T4's to a B200's).
+_USUAL_RATE, _TYPICAL_RATE = (512.0, 16384.0), 4096.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +185,8 @@ def _edge(chip: Chip, dtype: str) -> float:
     """Return the length of a block's edge over the listed one: blocks suit the unit's rate."""
     rate = matrix_peak(chip, dtype) * _operand_bytes(dtype) / 2
     cycle = rate / (chip.units * chip.clock_hz)
-    wide = cycle > _WIDEST_RATE
-    return float(2.0 ** round(np.log2(cycle / _TYPICAL_RATE) / 2)) if wide else 1.0
+    low, high = _USUAL_RATE
+    return 1.0 if low <= cycle <= high else float(2.0 ** round(np.log2(cycle / _TYPICAL_RATE) / 2))
 
 
 def _divided(chip: Chip, dtype: str) -> Chip:
@@ -195,7 +195,7 @@ def _divided(chip: Chip, dtype: str) -> Chip:
     A wide unit is several arrays side by side, which work on blocks of their own.
     """
     edge = _edge(chip, dtype)
-    return chip if edge == 1 else replace(chip, units=round(chip.units * edge**2))
+    return chip if edge <= 1 else replace(chip, units=round(chip.units * edge**2))
 
 
 def _operand_bytes(dtype: str) -> float:

@@ -22,9 +22,10 @@ INTRODUCTION = """# Accuracy
 
 How far predictions are from measurements that the fit has not seen. This file is written by
 
-    meshwise accuracy --data DIR --out docs/accuracy.md
+    meshwise accuracy --data DIR --section kernels --section collectives --out docs/accuracy.md
 
-where DIR holds the calibration data in the layout of [calibration.md](calibration.md). Errors are
+where DIR holds the calibration data in the layout of [calibration.md](calibration.md). The sections
+training and memory, which take minutes, are printed by the same command. Errors are
 |predicted / measured - 1|: their median and 90th percentile. Beside them stand what needs no model
 (the datasheet's roofline; the nearest measured shape, scaled by its arithmetic) and how far two
 libraries are apart on the same shape, the floor of any figure that does not name its library.
