@@ -116,11 +116,10 @@ def test_machines_agree_on_any_hardware(
 
 @pytest.mark.parametrize("name", ["pp4", "zero3 x tp+sp x pp"])
 @settings(max_examples=5, phases=WITHOUT_SHRINKING)
-@given(speed=st.floats(0.1, 2.4), bandwidth=st.floats(0.01, 10), factor=st.floats(1, 5))
+@given(speed=st.floats(0.1, 10), bandwidth=st.floats(0.01, 10), factor=st.floats(1, 5))
 def test_better_hardware_is_never_slower(
     name: str, speed: float, bandwidth: float, factor: float
 ) -> None:
-    """Among units narrower than a GPU's: kernels for wider ones are cut in larger blocks."""
     program = lowered(name, microbatches=4)
 
     def step_s(speed: float, bandwidth: float) -> list[float]:

@@ -37,7 +37,7 @@ from simcore.token_ring import query_ring_bytes
 from simcore.workloads import TrainStep
 
 SEQ = 128
-FAR = 4096  # long enough for attention to matter
+FAR = 65536  # long enough for the blocks of attention to fill every unit of a chip
 STRATEGIES = {
     **{f"ring-{layout}": {"cp": 4, "cp_layout": layout} for layout in LAYOUTS},
     "token-ring": {"cp": 4, "cp_kind": "token_ring"},
@@ -248,6 +248,18 @@ def test_machines_agree(name: str) -> None:
     assert every.step_s == pytest.approx(detail.step_s, rel=0.02)
     assert lower_bound(program, cost) <= detail.step_s * (1 + 1e-9)
     assert detail.step_s <= serial_sum(program, cost, wires) * (1 + 1e-9)
+
+
+def test_where_units_idle_a_ring_takes_longer_than_its_folded_price() -> None:
+    """Half of the queries on all keys keep fewer units busy than all queries on half of the keys.
+
+    Ranks then differ although their pairs are equal, and one rank for all is too quick.
+    """
+    program = lowered(4096, cp=4, cp_layout="zigzag")
+    cost, wires = cluster_cost(program), Wires(2e-6, 20e9)
+    folded = simulate(program, cost, wires, detail=True).step_s
+    every = simulate(program, cost, wires, every_rank=True).step_s
+    assert folded < every < 1.5 * folded
 
 
 def test_a_contiguous_ring_waits_for_its_last_rank() -> None:

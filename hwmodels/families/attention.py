@@ -54,6 +54,7 @@ Flash-Decoding (2023). The form of (7), the tenth in (5) and the halves are assu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -71,7 +72,7 @@ _SECTOR_BYTES = 32.0  # the least that memory moves
 _PAGE_ENTRY_BYTES = 4.0
 _ROW_BYTES = 2.0  # queries and results are kept in 16 bits
 # FLOPs a cycle of the units that blocks are cut for (16-bit operands, a T4's to a B200's).
-_USUAL_RATE, _TYPICAL_RATE = (512.0, 16384.0), 4096.0
+_USUAL_RATES = (512.0, 16384.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +183,14 @@ class _Grid:
 
 
 def _edge(chip: Chip, dtype: str) -> float:
-    """Return the length of a block's edge over the listed one: blocks suit the unit's rate."""
+    """Return the length of a block's edge over the listed one: blocks suit the unit's rate.
+
+    It goes as the root of the rate, from where the usual rates end.
+    """
     rate = matrix_peak(chip, dtype) * _operand_bytes(dtype) / 2
     cycle = rate / (chip.units * chip.clock_hz)
-    low, high = _USUAL_RATE
-    return 1.0 if low <= cycle <= high else float(2.0 ** round(np.log2(cycle / _TYPICAL_RATE) / 2))
+    low, high = _USUAL_RATES
+    return float(np.sqrt(cycle / min(max(cycle, low), high)))
 
 
 def _divided(chip: Chip, dtype: str) -> Chip:
@@ -195,7 +199,7 @@ def _divided(chip: Chip, dtype: str) -> Chip:
     A wide unit is several arrays side by side, which work on blocks of their own.
     """
     edge = _edge(chip, dtype)
-    return chip if edge <= 1 else replace(chip, units=round(chip.units * edge**2))
+    return chip if edge <= 1 else replace(chip, units=math.ceil(chip.units * edge**2))
 
 
 def _operand_bytes(dtype: str) -> float:
