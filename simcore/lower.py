@@ -325,7 +325,8 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         name = f"{unit.block}.{what}"
         return [Call(name, unit.layer)] if name in low.blocks else []
 
-    ends = {"embed": units[0], "head": units[-1]}
+    # A stage without layers only passes on what comes.
+    ends = {"embed": units[0], "head": units[-1]} if units else {}
     tied = low.model.tied_embeddings and all(ends[name].block == name for name in ends)
 
     def first(unit: Call, what: str) -> list[Call]:

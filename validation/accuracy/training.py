@@ -27,6 +27,7 @@ from validation.importers.training import (
 
 # -- scores ----------------------------------------------------------------------------------------
 
+TIED = 1e-9  # log ratio of predictions that are equal but for rounding
 WORTH = 0.1  # pairs of runs that differ by less are not asked about
 Group = Callable[[Run], Hashable]
 
@@ -50,8 +51,11 @@ def _grouped(runs: Sequence[Run], group: Group) -> list[list[int]]:
 
 
 def kendall_tau(runs: Sequence[Run], predicted: Array, group: Group) -> float:
-    """Return Kendall's tau over pairs of one group whose times per sequence differ by over 10 %."""
-    agree = total = 0
+    """Return Kendall's tau over pairs of one group whose times per sequence differ by over 10 %.
+
+    A pair that is predicted equal counts half, so that a prediction without an order has tau 0.
+    """
+    agree, total = 0.0, 0
     for members in _grouped(runs, group):
         for a, b in combinations(members, 2):
             measured = log(_per_sequence(runs[a]) / _per_sequence(runs[b]))
@@ -59,7 +63,8 @@ def kendall_tau(runs: Sequence[Run], predicted: Array, group: Group) -> float:
                 total += 1
                 ratio = predicted[a] / runs[a].step.global_batch
                 ratio /= predicted[b] / runs[b].step.global_batch
-                agree += int((ratio > 1) == (measured > 0))
+                tied = abs(log(ratio)) < TIED
+                agree += 0.5 if tied else float((ratio > 1) == (measured > 0))
     return 2 * agree / total - 1 if total else float("nan")
 
 
@@ -292,8 +297,9 @@ def nanotron_table(path: Path) -> Table:
             "as long per layer and pipeline slot as the median run of the same tp, microbatch and "
             "state of the hosts. Five constants, fitted on up to 8 nodes; the one per rank of a "
             f"collective holds for jobs from {CONTENDED_JOB} over several nodes, whose hosts were "
-            "contended. Links between nodes have what each run's own all-reduce test measured. "
-            "Regret: against the median of the three fastest of the node count.",
+            "contended (which jobs these are was seen on all runs). Links between nodes have what "
+            "each run's own all-reduce test measured. Regret: against the median of the three "
+            "fastest of the node count.",
         ),
         tuple(missed),
     )
