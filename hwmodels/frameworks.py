@@ -96,7 +96,6 @@ def arranged(program: Program, framework: Framework) -> Program:
     Where reductions do not overlap they are in line with compute. Where hosts wait for messages,
     each message is received right before the action that needs it, and its op says so. Where they
     wait for batches, no host starts a microbatch before its device is done with what came before.
-    The estimator heeds both waits, the event engine neither.
     """
     if not framework.overlaps_gradients:
         blocks = {name: Block(name, _in_line(block.ops)) for name, block in program.blocks.items()}

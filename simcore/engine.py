@@ -190,21 +190,62 @@ class Engine:
 
     def _pieces(self, state: _Rank, actions: Sequence[Action]) -> Process:
         """Run actions as wholes. A host that launches ahead has posted every receive before."""
-        issued: dict[Action, float] = {}
-        if not self.cost.synchronous:
-            for action in filter(is_message, actions):
-                issued[action] = self._issue(state, action)
-                if action.kind.startswith("RECV"):
-                    self._post(state, action, issued[action])
+        issued = self._ahead(state, actions)
+        for action in filter(is_message, issued):
+            if action.kind.startswith("RECV"):
+                self._post(state, action, issued[action])
         state.clock.at[HOST] = 0.0
         for action in actions:
-            state.clock.at[HOST] = max(state.clock.at[HOST], issued.get(action, 0.0))
             if not is_message(action):
+                if self._waits(action):
+                    self._settle(state)
                 yield from (self._tie if is_tie(action) else self._whole)(state, action)
-            elif action not in issued:
-                self._post(state, action, self._issue(state, action))
-            elif action.kind.startswith("SEND"):
-                self._post(state, action, issued[action])
+            elif action in issued:
+                state.clock.at[HOST] = issued[action]
+                if action.kind.startswith("SEND"):
+                    self._post(state, action, issued[action])
+            else:
+                yield from self._in_turn(state, action)
+
+    def _ahead(self, state: _Rank, actions: Sequence[Action]) -> dict[Action, float]:
+        """Return when a host that waits for nothing issues its messages; none where it waits."""
+        at = state.clock.at
+        issued: dict[Action, float] = {}
+        for action in actions:
+            issue_s = None if self._waits(action) else self.template(action).issue_s
+            if issue_s is None:
+                return {}
+            at[HOST] += issue_s
+            if is_message(action):
+                issued[action] = at[HOST]
+        return issued
+
+    def _waits(self, action: Action) -> bool:
+        """Whether the host waits for its device before a microbatch, or at a message."""
+        if is_message(action):
+            return bool(self.message(action).attrs.get("waits"))
+        return action.kind == "F" and bool(self.program.info.get("waits"))
+
+    def _settle(self, state: _Rank) -> None:
+        """Let the host wait until its device is done."""
+        at = state.clock.at
+        at[HOST] = max(at[HOST], at.get(COMPUTE, 0.0))
+
+    def _in_turn(self, state: _Rank, action: Action) -> Process:
+        """Post a message when its host comes to it, which may wait for what it says."""
+        sends = action.kind.startswith("SEND")
+        if sends and self._waits(action):
+            self._settle(state)
+        state.clock.at[HOST] += float(self.cost.issue_seconds(self.message(action)))
+        done = self._post(state, action, state.clock.at[HOST])
+        if not sends and self._waits(action):
+            yield done
+            state.clock.at[HOST] = max(state.clock.at[HOST], float(self.env.now))
+
+    def _buffer(self, action: Action) -> Key:
+        """Return the buffer that a message is sent from or received in."""
+        op, layer = self.message(action), self.program.bodies[action.body][0].layer
+        return self.program.key((op.reads or op.writes)[0], layer, action.microbatch)
 
     def _ops(self, state: _Rank, action: Action) -> Process:
         """Issue an action op by op, as the executor does."""
@@ -216,23 +257,28 @@ class Engine:
             ]
         priced = self.prices[action.body]
         ops = positions(self.program, action.body)
+        waits = self._waits(action)
+        if waits and not action.kind.startswith("RECV") and COMPUTE in state.tails:
+            yield state.tails[COMPUTE]
         for (_, layer, op), (seconds, issue, blocking) in zip(ops, priced, strict=True):
             if "tiles" in op.attrs and len(self.states) == self.program.world:
                 op, seconds = self._own(state, op, seconds)  # noqa: PLW2901
             if issue:
                 yield self.env.timeout(issue)
-            waits = [state.ready[key] for key in self._keys(op.reads, layer, action, state)]
+            needs = [state.ready[key] for key in self._keys(op.reads, layer, action, state)]
             begun, done = self.env.event(), self.env.event()
             for name in op.writes:
                 state.ready[self.program.key(name, layer, action.microbatch)] = done
             before = state.tails.get(op.stream)
             state.tails[op.stream] = done
             self.env.process(
-                self._work(state, op, action, layer, seconds, waits, before, begun, done)
+                self._work(state, op, action, layer, seconds, needs, before, begun, done)
             )
             if op.stream == COMPUTE:
                 if self.cost.synchronous:
                     yield done
+            elif waits and op.kind == "recv":
+                yield done
             elif blocking:
                 yield begun
                 yield self.env.timeout(blocking * seconds)
@@ -255,12 +301,12 @@ class Engine:
         action: Action,
         layer: int,
         seconds: float,
-        waits: list[simpy.Event],
+        needs: list[simpy.Event],
         before: simpy.Event | None,
         begun: simpy.Event,
         done: simpy.Event,
     ) -> Process:
-        for event in (*waits, *((before,) if before is not None else ())):
+        for event in (*needs, *((before,) if before is not None else ())):
             if not event.processed:
                 yield event
         if op.kind in ("send", "recv"):
@@ -341,23 +387,23 @@ class Engine:
         """Return the op of an action that sends or receives."""
         return only_op(self.program, action)
 
-    def _issue(self, state: _Rank, action: Action) -> float:
-        """Return when the host comes to a message."""
-        state.clock.at[HOST] += float(self.cost.issue_seconds(self.message(action)))
-        return state.clock.at[HOST]
+    def _post(self, state: _Rank, action: Action, issued: float) -> simpy.Event:
+        """Queue a message on its stream, to be sent once its buffer is written.
 
-    def _post(self, state: _Rank, action: Action, issued: float) -> None:
-        """Queue a message on its stream, to be sent once its buffer is written."""
-        op, at = self.message(action), state.clock.at
+        A stage without layers sends on what it receives, maybe before that has come.
+        """
+        op, at, key = self.message(action), state.clock.at, self._buffer(action)
         layer = self.program.bodies[action.body][0].layer
-        key = self.program.key((op.reads or op.writes)[0], layer, action.microbatch)
+        needs = [state.tails[op.stream]] if op.stream in state.tails else []
         if op.kind == "recv":
             at[key] = math.inf
+        elif at.get(key) == math.inf:
+            needs.append(state.ready[key])
         else:
             issued = max(issued, at.get(key, 0.0))
-        before, done = state.tails.get(op.stream), self.env.event()
-        state.tails[op.stream] = state.ready[key] = done
-        self.env.process(self._transfer(state, op, action, layer, issued, before, done))
+        done = state.tails[op.stream] = state.ready[key] = self.env.event()
+        self.env.process(self._transfer(state, op, action, layer, issued, needs, done))
+        return done
 
     def _transfer(
         self,
@@ -366,13 +412,14 @@ class Engine:
         action: Action,
         layer: int,
         issued: float,
-        before: simpy.Event | None,
+        needs: Sequence[simpy.Event],
         done: simpy.Event,
     ) -> Process:
         if issued > self.env.now:
             yield self.env.timeout(issued - self.env.now)
-        if before is not None and not before.processed:
-            yield before
+        for event in needs:
+            if not event.processed:
+                yield event
         start = yield from self._message(state, op, action, layer)
         now = float(self.env.now)
         for name in op.writes:

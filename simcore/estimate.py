@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from simcore.costs import CostModel, Network, transfer_seconds
@@ -83,20 +83,29 @@ class _Path:
         actions = self.program.order[rank]
         while clock.position < len(actions):
             action = actions[clock.position]
-            if is_message(action):
-                self.post(rank, clock, action)
-            elif not (self.tie if is_tie(action) else self.compute)(rank, clock, action):
+            if not self.step_of(action)(rank, clock, action):
                 break
             clock.position += 1
         return clock.position > first
 
-    def post(self, rank: int, clock: Clock, action: Action) -> None:
-        """Post a send or a receive; deliver what has both."""
+    def step_of(self, action: Action) -> Callable[[int, Clock, Action], bool]:
+        """Return what runs an action; it answers False where a time is not known yet."""
+        if is_message(action):
+            return self.post
+        return self.tie if is_tie(action) else self.compute
+
+    def post(self, rank: int, clock: Clock, action: Action) -> bool:
+        """Post a send or a receive; deliver what has both.
+
+        A stage without layers sends on what it receives, once that has come.
+        """
         channel, (name, layer, each), issue = self.port(rank, action)
+        key = name, layer, each if each < 0 else action.microbatch
+        if rank == channel.src and clock.at.get(key) == math.inf:
+            return False
         if channel.waits and rank == channel.src:
             clock.at[HOST] = max(clock.at[HOST], clock.at.get(COMPUTE, 0.0))
         clock.at[HOST] = posted = clock.at[HOST] + issue
-        key = name, layer, each if each < 0 else action.microbatch
         if rank == channel.src:
             channel.sent.append((max(posted, clock.at.get(key, 0.0)), (layer, action.microbatch)))
         else:
@@ -104,6 +113,7 @@ class _Path:
             channel.posted.append((posted, (layer, action.microbatch), key))
         while channel.sent and channel.posted:
             self.deliver(channel)
+        return True
 
     def port(self, rank: int, action: Action) -> tuple[Channel, Key, float]:
         """Return a message's channel, its buffer, and the host's seconds."""
@@ -218,8 +228,7 @@ def serial_sum(program: Program, cost: CostModel, network: Network) -> float:
     for rank, actions in enumerate(program.order):
         for action in actions:
             total += float(laid[action.body].serial_s)
-            op = only_op(program, action)
-            if is_message(action) and op.kind == "send":
+            if is_message(action) and (op := only_op(program, action)).kind == "send":
                 size = float(work(op).payload_bytes)
                 total += message_seconds(program, network, rank, rank + op.attrs["peer"], size)
     return total

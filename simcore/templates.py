@@ -50,6 +50,15 @@ class Template:
     layer: int = 0
 
     @property
+    def issue_s(self) -> float | None:
+        """Seconds of the host on it; None where the host waits for anything."""
+        row = next((row for entry, row in self.after if entry == HOST), None)
+        parts = [] if row is None else self.rows[row]
+        if any(self.inputs[number] != HOST for number, _ in parts):
+            return None
+        return sum(float(delay) for _, delay in parts)
+
+    @property
     def elapsed_s(self) -> Size:
         """Seconds until everything is done, on a rank that was idle."""
         delays = (delay for _, row in self.after for _, delay in self.rows[row])

@@ -9,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from machines import GPT2, LLAMA, STRATEGIES, Bus, Constant, Wires, cluster_cost, strategy
 
+from hwmodels.frameworks import Framework, FrameworkCost, arranged, frameworks, load_framework
 from simcore.engine import simulate
 from simcore.estimate import estimate, lower_bound, serial_sum
 from simcore.lower import lower_pass, lower_training
@@ -78,6 +79,25 @@ def test_machines_agree_where_the_host_computes(name: str, schedule: str) -> Non
 def test_machines_agree_where_the_host_issues_messages_ahead(name: str) -> None:
     cost = Constant(dict.fromkeys(WORK.keys() - {"alias"}, 1e-6), issue_s=5e-6)
     agree(lowered(name), cost, Wires(2e-6, 20e9))
+
+
+@pytest.mark.parametrize("framework", sorted(frameworks()))
+@pytest.mark.parametrize("name", ["one", "pp4", "zero1 x tp+sp x pp"])
+def test_machines_agree_on_how_a_framework_runs_a_program(framework: str, name: str) -> None:
+    known = load_framework(framework)
+    program = arranged(lowered(name), known)
+    agree(program, FrameworkCost(cluster_cost(program), known), Wires(2e-6, 20e9), shares=0.05)
+
+
+@pytest.mark.parametrize("layers", [(2, 0, 2, 0), (4, 0, 0, 0)])
+def test_a_stage_without_layers_passes_on_what_comes(layers: tuple[int, ...]) -> None:
+    parallel = strategy("pp4", layers_per_stage=layers)
+    program = lower_training(LLAMA, parallel, TrainStep(6, 256))
+    assert program.bodies["1F"] == ()
+    agree(program, cluster_cost(program), Wires(2e-6, 20e9))
+    waiting = Framework("waiting", issue_s=1e-6, waits_for_messages=True, waits_for_batches=True)
+    program = arranged(program, waiting)
+    agree(program, FrameworkCost(cluster_cost(program), waiting), Wires(2e-6, 20e9))
 
 
 @pytest.mark.parametrize("name", ["one", "dp", "pp4", "zero1 x tp+sp x pp"])

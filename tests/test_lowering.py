@@ -12,7 +12,6 @@ from machines import GPT2, LLAMA, STRATEGIES, cluster_cost, strategy
 from hwmodels.cost import ClusterCost
 from simcore.catalogue import load_model
 from simcore.errors import InputError
-from simcore.estimate import estimate
 from simcore.lower import lower_pass, lower_training
 from simcore.models import ModelSpec, forward_flops, parameter_count
 from simcore.ops import work
@@ -216,11 +215,3 @@ def test_generation_through_a_pipeline_is_priced_as_arrays() -> None:
         seconds = lay(program, f"{stage}F", cost).elapsed_s
         one = lay(lower_pass(model, parallel, 4, 1, 1000), f"{stage}F", cost).elapsed_s
         assert seconds[1] == pytest.approx(one, rel=1e-12)
-
-
-def test_a_stage_without_layers_passes_on_what_comes() -> None:
-    parallel = strategy("pp4", layers_per_stage=(2, 0, 2, 0))
-    program = lower_training(LLAMA, parallel, TrainStep(4, 32))
-    cost = cluster_cost(program)
-    assert program.bodies["1F"] == ()
-    assert estimate(program, cost, cost).step_s > 0
