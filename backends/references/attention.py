@@ -67,6 +67,18 @@ def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
 
 
+def unmasked_pairs(
+    layout: str, tokens: int, ranks: int, *, causal: bool, shift: int = 0
+) -> list[int]:
+    """Return how many pairs of a query and a key each rank's queries see.
+
+    ``shift``: by how many positions the diagonal is off, a mutant.
+    """
+    at = torch.arange(tokens)
+    seen = mask_of(at + shift, at, causal)
+    return [int(seen[place].sum()) for place in LAYOUTS[layout](tokens, ranks)]
+
+
 def restore(parts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
     """Return the shards in the order of tokens."""
     whole = torch.cat(list(parts), 2)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends.references.compare import same
+from backends.references.pipelines import batches
 from backends.references.wire import Wire
 
 
@@ -24,6 +27,17 @@ def sharded_embeddings(tables: Tensor, index: Tensor, wire: Wire) -> Tensor:
         for r in range(ranks)
     ]
     return torch.cat([torch.cat(got, 1) for got in wire.all_to_all(looked, range(ranks))], 0)
+
+
+def embeddings_agree(ranks: int, count: int, batch: int, dim: int) -> tuple[bool, list[int]]:
+    """Return whether sharded look-ups equal plain ones, and the bytes that every rank sent."""
+    random = torch.Generator().manual_seed(1)
+    tables = torch.randn(count, 32, dim, generator=random, dtype=torch.float64)
+    index = torch.randint(0, 32, (batch, count), generator=random)
+    wire = Wire(ranks)
+    found = sharded_embeddings(tables, index, wire)
+    exact = torch.stack([tables[t, index[:, t]] for t in range(count)], 1)
+    return torch.equal(found, exact), wire.sent_bytes
 
 
 def experts_dense(x: Tensor, gate: Tensor, experts: Tensor, top: int) -> Tensor:
@@ -53,6 +67,16 @@ def experts_folded(x: Tensor, gate: Tensor, experts: Tensor, top: int, wire: Wir
     return torch.cat(done, 0)
 
 
+def folded_experts_agree(ranks: int = 4) -> bool:
+    """Return whether eight experts over the ranks give what they give on one."""
+    random = torch.Generator().manual_seed(5)
+    x, gate, experts = (
+        torch.randn(s, generator=random, dtype=torch.float64) for s in ((24, 6), (8, 6), (8, 6, 6))
+    )
+    found = experts_folded(x, gate, experts, 2, Wire(ranks))
+    return same([found], [experts_dense(x, gate, experts, 2)])
+
+
 def eight_bit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return a tensor as int8 and the scale of its largest magnitude."""
     scale = x.abs().max() / 127
@@ -68,6 +92,32 @@ def coded_mean(gradients: Sequence[Tensor], wire: Wire, *, coded: bool) -> Tenso
     return torch.stack(
         [code.to(gradients[0].dtype) * scale for code, (_, scale) in zip(got, codes, strict=True)]
     ).mean(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A mean of gradients over 8-bit codes against the plain one."""
+
+    relative_error: float
+    within_bound: bool  # no element off by more than half a step of the coarsest scale
+    plain_bytes: int
+    coded_bytes: int
+
+
+def coded_against_plain(ranks: int = 4) -> Coded:
+    """Exchange random gradients both ways; a code's error is at most half of its scale."""
+    random = torch.Generator().manual_seed(4)
+    gradients = [torch.randn(256, generator=random) for _ in range(ranks)]
+    plain, coded = Wire(ranks), Wire(ranks)
+    exact = coded_mean(gradients, plain, coded=False)
+    found = coded_mean(gradients, coded, coded=True)
+    bound = max(float(g.abs().max()) for g in gradients) / 254 * 1.0001
+    return Coded(
+        float((found - exact).norm() / exact.norm()),
+        float((found - exact).abs().max()) <= bound,
+        sum(plain.sent_bytes),
+        sum(coded.sent_bytes),
+    )
 
 
 def live_paths(inputs: Tensor, servers: int, churn: float, seed: int) -> tuple[Tensor, int, int]:
@@ -96,6 +146,14 @@ def live_paths(inputs: Tensor, servers: int, churn: float, seed: int) -> tuple[T
         done += 1
         alive |= random.random(alive.shape) < churn  # newcomers take a stage
     return torch.stack([w.grad for w in stages if w.grad is not None]), done, repeated
+
+
+def churn_changes_nothing(microbatches: int, servers: int, churn: float) -> tuple[bool, int, int]:
+    """Return whether gradients under churn equal the calm ones, microbatches done, and repeats."""
+    inputs = batches(microbatches, 3, 4)
+    still, done, _ = live_paths(inputs, servers, 0.0, 0)
+    lost, finished, repeated = live_paths(inputs, servers, churn, 0)
+    return same([still], [lost]) and done == finished, finished, repeated
 
 
 def steps_to_loss(batch: int, width: int, noise: float, seed: int, target: float = 0.1) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from backends.references.compare import same
+
 
 @dataclass(frozen=True, slots=True)
 class Played:
@@ -92,6 +94,20 @@ def play(
     return Played(loss, _gradients(stages), most, moved)
 
 
+def same_as_undivided(
+    stages: int,
+    microbatches: int,
+    actions: Iterable[tuple[int, str, int]],
+    home: Mapping[tuple[int, int], int],
+) -> bool:
+    """Return whether actions played in order give the undivided network's loss and gradients."""
+    parts, inputs = network(stages, 4), batches(microbatches, 3, 4)
+    whole = undivided(parts, inputs)
+    found = play(parts, inputs, actions, home)
+    near = abs(whole.loss - found.loss) <= 1e-12 * abs(whole.loss)
+    return near and same(found.gradients, whole.gradients)
+
+
 @dataclass(frozen=True, slots=True)
 class Streamed:
     """Flush-free training: updates between a sample's forward and backward, and busy ticks."""
@@ -157,3 +173,10 @@ def flush_free(stages: nn.ModuleList, inputs: Tensor, rate: float, lag: int = 0)
         steady / (slots * len(window)) if window else 0.0,
         tuple(sums),
     )
+
+
+def unhurried_equals_undivided(stages: int, width: int, samples: int = 16) -> bool:
+    """Return whether flush-free gradients at rate nought are the undivided network's."""
+    fixed, inputs = network(stages, width), batches(samples, 1, width)
+    whole = undivided(fixed, inputs)
+    return same(flush_free(fixed, inputs, 0.0).gradients, whole.gradients)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from backends.references.compare import same
 
 Weights = dict[str, Tensor]
 
@@ -109,3 +112,37 @@ def streamed(
         F.linear(x, w["v"]).backward(v.grad)
 
     return _run(w, body)
+
+
+def streamed_equals_whole(chunks: int, drop: int = 0) -> tuple[bool, int, int]:
+    """Return whether chunked gradients are exact, and peak saved bytes of whole and chunked."""
+    random = torch.Generator().manual_seed(3)
+    w = weights(8, 32, 64)
+    x = torch.randn(64, 8, generator=random, dtype=torch.float64)
+    targets = torch.randint(0, 64, (64,), generator=random)
+    exact, most = whole(w, x, targets)
+    found, least = streamed(w, x, targets, chunks, drop)
+    return same([found[n] for n in exact], list(exact.values())), most, least
+
+
+def swapped_equals_kept(share: float) -> bool:
+    """Return whether gradients stay exact where a share of tokens is kept, the rest recomputed."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 6, generator=random, dtype=torch.float64)
+    w = torch.randn(6, 6, generator=random, dtype=torch.float64).requires_grad_()
+
+    def part(rows: Tensor) -> Tensor:
+        return F.gelu(rows @ w)
+
+    cut = int(share * len(x))
+    mixed = torch.cat((part(x[:cut]), checkpoint(part, x[cut:], use_reentrant=False)))
+    grads = [torch.autograd.grad((y * y).sum(), w)[0] for y in (mixed, part(x))]
+    return same(grads[:1], grads[1:])
+
+
+def last_row_is_enough() -> bool:
+    """Return whether the head on the last token gives the last row of all logits."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 8, generator=random, dtype=torch.float64)
+    head = torch.randn(11, 8, generator=random, dtype=torch.float64)
+    return same([hidden[-1] @ head.mT], [(hidden @ head.mT)[-1]])

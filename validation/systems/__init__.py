@@ -27,6 +27,8 @@ MODULES = (
     "training_closed_forms",
     "training_parallel",
     "training_exchange",
+    "training_experts",
+    "training_runs",
     "training_pipelines",
     "training_sequences",
     "training_states",

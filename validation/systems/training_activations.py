@@ -45,6 +45,8 @@ def memo(
     causal = utilisation("llama-2-7b", tokens, tokens, seconds, ranks, peak, causal=True)
     fits = working <= 0.9 * chip.hbm.size_bytes and on_host <= host_bytes
     need_torch()
+    from backends.references.streaming import swapped_equals_kept
+
     same = swapped_equals_kept(0.5)
     return Finding(
         same and fits and abs(causal / published - 1) <= TOLERANCE,
@@ -57,23 +59,6 @@ def memo(
          "executed on the CPU: half of the tokens' activations kept, half recomputed"),
         "cpu",
     )  # fmt: skip
-
-
-def swapped_equals_kept(share: float) -> bool:
-    """Whether gradients stay exact where a share of tokens is kept and the rest recomputed."""
-    from backends.references.library import checkpoint, torch
-
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(16, 6, generator=random, dtype=torch.float64)
-    w = torch.randn(6, 6, generator=random, dtype=torch.float64).requires_grad_()
-
-    def part(rows: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.gelu(rows @ w)
-
-    cut = int(share * len(x))
-    mixed = torch.cat((part(x[:cut]), checkpoint(part, x[cut:], use_reentrant=False)))
-    grads = [torch.autograd.grad((y * y).sum(), w)[0] for y in (mixed, part(x))]
-    return torch.equal(grads[0], grads[1]) or torch.allclose(grads[0], grads[1], atol=1e-12)
 
 
 def backward_bytes(model: ModelSpec, tokens: float, chunks: float) -> float:
@@ -91,16 +76,9 @@ def backward_bytes(model: ModelSpec, tokens: float, chunks: float) -> float:
 def stream_bp(*, drop: int = 0, chunks: int = 32) -> Finding:
     """Longest sequence against checkpointing on 80 GB, exact gradients, and backward time."""
     need_torch()
-    from backends.references.library import torch
-    from backends.references.streaming import streamed, weights, whole
+    from backends.references.streaming import streamed_equals_whole
 
-    random = torch.Generator().manual_seed(3)
-    w = weights(8, 32, 64)
-    x = torch.randn(64, 8, generator=random, dtype=torch.float64)
-    targets = torch.randint(0, 64, (64,), generator=random)
-    exact, most = whole(w, x, targets)
-    found, least = streamed(w, x, targets, 8, drop)
-    same = all(torch.allclose(exact[n], found[n], atol=1e-10) for n in exact)
+    same, most, least = streamed_equals_whole(8, drop)
     memory = 0.9 * load_chip("a800-sxm-80gb").hbm.size_bytes
     ratios = {}
     for name in ("qwen3-4b", "qwen3-8b", "qwen3-14b"):

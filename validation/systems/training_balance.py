@@ -15,7 +15,7 @@ from simcore.catalogue import load_model
 from simcore.metrics import model_flops_per_token
 from simcore.models import parameter_count
 from validation.systems.frame import Finding, check, need_torch
-from validation.systems.training_sequences import ON_CPU, gradients_agree, largest, tensors
+from validation.systems.training_sequences import ON_CPU, gradients_agree, largest
 
 RATE = 0.5 * 312e12  # an A100 at half of its peak
 NODE_RATE, NIC_RATE = 240e9, 25e9  # bytes/s of a rank inside a node and between nodes
@@ -240,25 +240,24 @@ def attention_grid(*, shift: int = 0) -> Finding:
     ``shift``: by how many positions the predicted diagonal is off.
     """
     need_torch()
-    from backends.references.attention import LAYOUTS, ring
-    from backends.references.library import torch
+    from backends.references.attention import LAYOUTS, ring, unmasked_pairs
+    from backends.references.compare import tensors
     from backends.references.wire import Wire
 
     cells, same, loads = 0, True, {}
     for tokens, ranks in itertools.product((16, 32), (2, 4)):
-        q, k, v = tensors(4, 4, tokens)
+        inputs = tensors(4, 4, tokens)
         for layout, causal in itertools.product(LAYOUTS, (False, True)):
-            _, pairs = ring(q, k, v, Wire(ranks), layout=layout, causal=causal)
-            at = torch.arange(tokens)
-            seen = at[:, None] + shift >= at[None] if causal else torch.ones(tokens, tokens) > 0
-            areas = [int(seen[place].sum()) for place in LAYOUTS[layout](tokens, ranks)]
+            _, pairs = ring(*inputs, Wire(ranks), layout=layout, causal=causal)
+            areas = unmasked_pairs(layout, tokens, ranks, causal=causal, shift=shift)
             same &= [sum(p) for p in pairs] == areas
             same &= gradients_agree(
                 lambda a, b, c, r=ranks, n=layout, m=causal: ring(
                     a, b, c, Wire(r), layout=n, causal=m
                 )[0],
-                q, k, v, causal,
-            )  # fmt: skip
+                inputs,
+                causal,
+            )
             if causal and ranks == 4:
                 loads[layout] = max(areas) / (sum(areas) / ranks)
             cells += 1
@@ -282,7 +281,7 @@ def attention_grid(*, shift: int = 0) -> Finding:
 def long_vita(*, gpus: int = 8, keep_logits: bool = False) -> Finding:
     """Longest prefill on one node with context parallelism and without the S x V logits."""
     need_torch()
-    from backends.references.library import torch
+    from backends.references.streaming import last_row_is_enough
 
     memory = 0.9 * load_chip("h100-sxm-80gb").hbm.size_bytes
     model = load_model("qwen2.5-14b")
@@ -297,10 +296,7 @@ def long_vita(*, gpus: int = 8, keep_logits: bool = False) -> Finding:
     before = largest(lambda s: fits(s, True, 1, gpus))
     after = largest(lambda s: fits(s, keep_logits, 1, gpus))
     split = largest(lambda s: fits(s, keep_logits, 2, gpus // 2))
-    random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(64, 8, generator=random, dtype=torch.float64)
-    head = torch.randn(11, 8, generator=random, dtype=torch.float64)
-    same = torch.allclose((hidden @ head.mT)[-1], hidden[-1] @ head.mT)
+    same = last_row_is_enough()
     longest = max(after, split)
     long_flops = model_flops_per_token(model, 131072)
     return Finding(

@@ -28,19 +28,11 @@ EXACT = "executed in float64 on the CPU, stage by stage in the played order"
 
 def same_as_undivided(played: Played, shape: Shape, home: Home) -> bool:
     """Execute the tasks in the played order: gradients and loss equal the undivided network's."""
-    from backends.references.library import torch
-    from backends.references.pipelines import batches, network, play, undivided
+    from backends.references import pipelines
 
-    stages, inputs = network(shape.stages, 4), batches(shape.microbatches, 3, 4)
-    whole = undivided(stages, inputs)
-    place = {
-        (s, m): home(s, m) for s, m in itertools.product(range(shape.stages), range(len(inputs)))
-    }
-    found = play(stages, inputs, played.tasks, place)
-    return all(
-        torch.allclose(a, b, rtol=0, atol=1e-10)
-        for a, b in zip(whole.gradients, found.gradients, strict=True)
-    ) and bool(np.isclose(whole.loss, found.loss, rtol=1e-12))
+    tasks = itertools.product(range(shape.stages), range(shape.microbatches))
+    place = {(s, m): home(s, m) for s, m in tasks}
+    return pipelines.same_as_undivided(shape.stages, shape.microbatches, played.tasks, place)
 
 
 @cache
@@ -222,8 +214,12 @@ def pipedream(*, stages_off: int = 0) -> Finding:
 def pipelined_backprop(*, lag: int = 0) -> Finding:
     """Weight delay per stage, utilisation, and the gradients of an unhurried run."""
     need_torch()
-    from backends.references.library import torch
-    from backends.references.pipelines import batches, flush_free, network, undivided
+    from backends.references.pipelines import (
+        batches,
+        flush_free,
+        network,
+        unhurried_equals_undivided,
+    )
 
     p, width = 4, 4
     used, right = [], True
@@ -233,14 +229,7 @@ def pipelined_backprop(*, lag: int = 0) -> Finding:
         right &= steady == [{2 * (p - 1 - s)} for s in range(p)]
         right &= ran.steady_utilisation == 1.0
         used.append(ran.utilisation)
-    fixed = network(p, width)
-    inputs = batches(16, 1, width)
-    whole = undivided(fixed, inputs)
-    still = flush_free(fixed, inputs, 0.0)
-    exact = all(
-        torch.allclose(a, b, atol=1e-10)
-        for a, b in zip(whole.gradients, still.gradients, strict=True)
-    )
+    exact = unhurried_equals_undivided(p, width)
     fill = [1 / (1 + 2 * (p - 1) / n) for n in (16, 64, 256)]
     return Finding(
         right and exact and np.allclose(used, fill),

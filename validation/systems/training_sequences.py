@@ -24,32 +24,12 @@ A800_NODES = make_cluster("a800-sxm-80gb", 8, 2)
 TOLERANCE = 0.10  # of a utilisation whose setting is given, but not how it was counted
 
 
-def tensors(
-    heads: int = 4, kv_heads: int = 4, tokens: int = 16, width: int = 4
-) -> tuple[Any, Any, Any]:
-    """Return random queries, keys and values in float64."""
-    from backends.references.library import torch
-
-    random = torch.Generator().manual_seed(2)
-    q, k, v = (
-        torch.randn(2, h, tokens, width, generator=random, dtype=torch.float64)
-        for h in (heads, kv_heads, kv_heads)
-    )
-    return q, k, v
-
-
-def gradients_agree(run: Callable[..., Any], q: Any, k: Any, v: Any, causal: bool) -> bool:
+def gradients_agree(run: Callable[..., Any], leaves: tuple[Any, ...], causal: bool) -> bool:
     """Whether an algorithm's output and gradients are those of dense attention."""
+    from backends.references import compare
     from backends.references.attention import dense
-    from backends.references.library import torch
 
-    found = []
-    for function in (run, lambda a, b, c: dense(a, b, c, causal)):
-        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = function(*leaves)
-        grads = torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
-        found.append((out.detach(), *grads))
-    return all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(*found, strict=True))
+    return compare.gradients_agree(run, lambda q, k, v: dense(q, k, v, causal), leaves)
 
 
 # ------------------------------------------------------------------ G3.1
@@ -95,6 +75,7 @@ def ring_sequence_parallelism(*, ranks: int = 64, replicated_scores: float = 1.0
     """
     need_torch()
     from backends.references.attention import ring
+    from backends.references.compare import tensors
     from backends.references.wire import Wire
 
     memory = 0.9 * load_chip("p100").hbm.size_bytes
@@ -123,7 +104,7 @@ def ring_sequence_parallelism(*, ranks: int = 64, replicated_scores: float = 1.0
         lengths.append(room(None, shape, degrees))
     wire = Wire(4)
     same = gradients_agree(
-        lambda q, k, v: ring(q, k, v, wire, layout="contiguous", causal=False)[0], *tensors(), False
+        lambda q, k, v: ring(q, k, v, wire, layout="contiguous", causal=False)[0], tensors(), False
     )
     return Finding(
         same
@@ -147,6 +128,7 @@ def ulysses(*, tokens_grow: int = 2) -> Finding:
     """Bytes counted as tokens and ranks double together; more ranks than heads are refused."""
     need_torch()
     from backends.references.attention import mesh
+    from backends.references.compare import tensors
     from backends.references.wire import Wire
 
     sent, exact = [], True
@@ -159,7 +141,7 @@ def ulysses(*, tokens_grow: int = 2) -> Finding:
         exact &= set(wire.sent_bytes) == {int(4 * shard * (ranks - 1) / ranks)}
         sent.append(wire.sent_bytes[0] / (ranks - 1) * ranks)
     same = gradients_agree(
-        lambda q, k, v: mesh(q, k, v, Wire(4), ulysses=4, causal=True), *tensors(), True
+        lambda q, k, v: mesh(q, k, v, Wire(4), ulysses=4, causal=True), tensors(), True
     )
     try:
         mesh(*tensors(heads=4, kv_heads=4), Wire(8), ulysses=8, causal=True)
@@ -233,6 +215,7 @@ def usp(*, tokens: int = 208 * 1024, link_share: float = 1.0, published: float =
     """
     need_torch()
     from backends.references.attention import mesh
+    from backends.references.compare import tensors
     from backends.references.wire import Wire
 
     peak = matrix_peak(load_chip("a800-sxm-80gb"), "bf16")
@@ -243,7 +226,7 @@ def usp(*, tokens: int = 208 * 1024, link_share: float = 1.0, published: float =
     same = all(
         gradients_agree(
             lambda q, k, v, u=u: mesh(q, k, v, Wire(4), ulysses=u, causal=True),
-            *tensors(8, 4),
+            tensors(8, 4),
             True,
         )
         for u in (1, 2, 4)
@@ -288,10 +271,11 @@ def token_ring(*, duplex_share: float = 1.0) -> Finding:
     """
     need_torch()
     from backends.references.attention import token_ring as executed
+    from backends.references.compare import tensors
     from backends.references.wire import Wire
 
     same = gradients_agree(
-        lambda q, k, v: executed(q, k, v, Wire(4), causal=True), *tensors(4, 2), True
+        lambda q, k, v: executed(q, k, v, Wire(4), causal=True), tensors(4, 2), True
     )
     found, order, law = {}, True, True
     flops = 0.5 * matrix_peak(load_chip("a100-sxm-80gb"), "bf16")
@@ -335,14 +319,15 @@ def lightseq(*, gathers_per_layer: float = 14.0) -> Finding:
     """
     need_torch()
     from backends.references.attention import LAYOUTS, mask_of, ring
+    from backends.references.compare import tensors
     from backends.references.wire import Wire
 
     ranks, tokens = 8, 64
-    q, k, v = tensors(4, 4, tokens)
     same = gradients_agree(
         lambda a, b, c: ring(a, b, c, Wire(ranks), layout="contiguous", causal=True)[0],
-        q, k, v, True,
-    )  # fmt: skip
+        tensors(4, 4, tokens),
+        True,
+    )
     places = LAYOUTS["contiguous"](tokens, ranks)
     needed = sum(
         bool(mask_of(places[r], places[o], True).any()) for r in range(ranks) for o in range(r)
@@ -397,30 +382,11 @@ def axis_plan(needs: list[set[int]], axes: int) -> int:
 def dynamic_axes(*, switches_per_pair: int = 2) -> Finding:
     """Switching the sharded axis of a spatio-temporal network: outputs, bytes and plans."""
     need_torch()
-    from backends.references.attention import dense
-    from backends.references.library import torch
-    from backends.references.wire import Wire
+    from backends.references.axes import switched
 
-    ranks, shape = 4, (4, 8, 8, 6)  # heads, frames, places, width
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def spatial(t: torch.Tensor) -> torch.Tensor:
-        y = t.transpose(0, 1)
-        return dense(y, y, y, False).transpose(0, 1)
-
-    def temporal(t: torch.Tensor) -> torch.Tensor:
-        y = t.permute(2, 0, 1, 3)
-        return dense(y, y, y, False).permute(1, 2, 0, 3)
-
-    wire = Wire(ranks)
-    shards = [spatial(t) for t in x.chunk(ranks, 1)]  # frames sharded, places whole
-    for old, new, work in ((1, 2, temporal), (2, 1, None)):
-        got = wire.all_to_all([list(t.chunk(ranks, new)) for t in shards], range(ranks))
-        shards = [torch.cat(parts, old) for parts in got]
-        shards = [work(t) for t in shards] if work else shards
-    same = torch.allclose(torch.cat(shards, 1), temporal(spatial(x)), atol=1e-10)
-    whole = x.numel() * 8
-    mine = sum(wire.sent_bytes) / ranks * switches_per_pair / 2
+    ranks = 4
+    same, sent, whole = switched(ranks)
+    mine = sum(sent) / ranks * switches_per_pair / 2
     inner = whole / ranks * (ranks - 1) / ranks
     ratios = {
         "Ulysses": mine / (2 * 4 * inner),

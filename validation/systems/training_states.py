@@ -10,7 +10,6 @@ from simcore.ops import Op
 from validation.systems.frame import Finding, check, need_torch
 from validation.systems.linear_operators import SETTING_TOLERANCE
 from validation.systems.training_machine import exchange_seconds
-from validation.systems.training_sequences import tensors
 
 HEADS, D_K, D_V, LAYERS, WIDTH = 16, 128, 128, 16, 2048  # a 1B network (TinyLlama-like width)
 STATE_BYTES = HEADS * D_K * D_V * 2  # per sequence and layer in bf16
@@ -22,17 +21,12 @@ ON_CPU = "executed in float64 on the CPU; ranks in one process pass their states
 def exact(exchange: str, lag: int = 0) -> tuple[bool, list[int], int]:
     """Return whether output and gradients are the dense ones, bytes sent per rank, and hops."""
     need_torch()
-    from backends.references.library import torch
+    from backends.references.compare import gradients_agree, tensors
     from backends.references.states import dense, sharded
     from backends.references.wire import Wire
 
-    wire, found = Wire(4), []
-    for run in (lambda q, k, v: sharded(q, k, v, wire, exchange, lag), dense):
-        leaves = [t.clone().requires_grad_() for t in tensors()]
-        out = run(*leaves)
-        grads = torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
-        found.append((out.detach(), *grads))
-    same = all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(*found, strict=True))
+    wire = Wire(4)
+    same = gradients_agree(lambda q, k, v: sharded(q, k, v, wire, exchange, lag), dense, tensors())
     return same, wire.sent_bytes, wire.hops
 
 
