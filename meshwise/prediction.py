@@ -435,9 +435,10 @@ def strategy_table(parallel: ParallelStrategy) -> dict[str, Any]:
     """Return a strategy as the keys of the scenario's [parallel] table."""
     table = dataclasses.asdict(parallel)
     table["zero_stage"] = parallel.zero
-    table["layers_per_stage"] = list(parallel.layers_per_stage)
-    if not table["layers_per_stage"]:
-        del table["layers_per_stage"]
+    for key in ("layers_per_stage", "recompute_modules", "recompute_layers"):
+        table[key] = list(table[key])
+        if not table[key]:
+            del table[key]
     return table
 
 

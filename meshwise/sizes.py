@@ -53,13 +53,21 @@ def _with_length(case: Case, value: int) -> Case:
     return model, parallel, dataclasses.replace(work, seq_len=value)
 
 
+def _same_share(case: Case, layers: int) -> tuple[int, ...]:
+    """Return how many of a stage's layers recompute so that their share stays."""
+    counts = case[1].recompute_layers
+    return (-(-sum(counts) * layers // (len(counts) * case[0].layers)),) if counts else ()
+
+
 def _with_layers(case: Case, value: int) -> Case:
     """Return the case with so many layers, split evenly; kinds of layer repeat in their order."""
     model, parallel, work = case
     mixers = tuple(model.mixers[i % len(model.mixers)] for i in range(value) if model.mixers)
     return (
         dataclasses.replace(model, layers=value, mixers=mixers),
-        dataclasses.replace(parallel, layers_per_stage=()),
+        dataclasses.replace(
+            parallel, layers_per_stage=(), recompute_layers=_same_share(case, value)
+        ),
         work,
     )
 

@@ -30,6 +30,7 @@ from simcore.ops import Buffer, Op, Size
 from simcore.pipelines.orders import Order, is_split
 from simcore.pipelines.placement import Placement, last_reduces, with_messages
 from simcore.program import MIRROR, Action, Block, Call, Program
+from simcore.recompute import check_recompute, recompute_ops, recomputed_layers
 from simcore.schedules import find_schedule
 from simcore.strategy import (
     ParallelStrategy,
@@ -291,6 +292,9 @@ def _backward_blocks(low: _Lowering) -> None:
         low.add(f"{unit}.B", tape.joined())
         low.add(f"{unit}.I", tape.input_ops)
         low.add(f"{unit}.W", [op for _, op in tape.weight_ops])
+        if unit in ("layer", LAYER):
+            again = recompute_ops(low.parallel, low.blocks[f"{unit}.F"], tape.joined())
+            low.add(f"{unit}.R", again)
 
 
 def _units(model: ModelSpec, first: int, count: int, *, embed: bool, head: bool) -> list[Call]:
@@ -340,10 +344,11 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         )
 
     always = low.shards.stage >= 2
-    full = low.parallel.recompute == "full"
+    layers = [unit.layer for unit in units if unit.block in ("layer", LAYER)]
+    repeated = recomputed_layers(low.parallel, stage, layers)
 
     def again(unit: Call) -> list[Call]:
-        return present(unit, "F") if full and unit.block in ("layer", LAYER) else []
+        return present(unit, "R") if unit.layer in repeated else []
 
     def back(unit: Call, last: bool) -> list[Call]:
         reduce = present(unit, "reduce") if always or last else []
@@ -420,6 +425,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     if model.tied_embeddings:
         _check_tied(parallel, orders, placement)
     check_split(model, parallel, workload.seq_len)
+    check_recompute(parallel, stage_layers(model, parallel))
     rows = Rows(parallel.microbatch, workload.seq_len // parallel.cp, split=parallel.split)
     tp = TensorParallel(parallel.tp, parallel.sequence_parallel)
     if tp.shards_tokens and rows.tokens % parallel.tp:

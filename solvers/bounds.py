@@ -29,7 +29,7 @@ Streams = dict[str, float]  # seconds that pass on each stream
 THREADS = (COMPUTE, HOST)
 UNITS = ("embed", "layer", "head")
 OWNERS = {"layer": ("layer", LAYER, EXPERTS)}  # whose weights a unit keeps
-COMPUTING = (".F", ".B")  # ends of the blocks that data parallelism leaves as they are
+COMPUTING = (".F", ".R", ".B")  # ends of the blocks that data parallelism leaves as they are
 CostOf = Callable[[ParallelStrategy], ClusterCost]
 
 
@@ -194,6 +194,7 @@ def make_stage(
         )
 
     again = units.blocks["layer.F"] if parallel.recompute == "full" else {}
+    again = {} if parallel.recompute_layers else again  # a bound from below
     back = total([(1.0, of("unshard", "clear", "B")), (float(layers), again)])
     reduced = total([(1.0, back), (1.0, of("reduce"))])
     always = parallel.zero >= 2 and parallel.dp > 1
@@ -251,7 +252,8 @@ class TrainBounds:
 
     def unit(self, parallel: ParallelStrategy) -> Units:
         """Return the units of a strategy, whatever its pipeline, schedule and recomputation."""
-        key = replace(parallel, pp=1, schedule="1f1b", recompute="none", layers_per_stage=())
+        plain = replace(parallel, recompute="none", recompute_layers=(), recompute_modules=())
+        key = replace(plain, pp=1, schedule="1f1b", layers_per_stage=())
         if key not in self.units:
             self.units[key] = self._unit(key)
         return self.units[key]
@@ -330,7 +332,8 @@ class TrainBounds:
     def _hop(self, parallel: ParallelStrategy) -> float:
         """Return the seconds of a message between neighbouring stages."""
         units = self.unit(parallel)
-        key = replace(parallel, schedule="1f1b", recompute="none"), parallel.pp
+        plain = replace(parallel, recompute="none", recompute_layers=(), recompute_modules=())
+        key = replace(plain, schedule="1f1b"), parallel.pp
         if key not in self.hops:
             cost = self.cost_of(parallel)
             self.hops[key] = transfer_seconds(

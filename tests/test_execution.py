@@ -112,6 +112,33 @@ def looped(name: str, model: ModelSpec = DEEP, virtual: int = 2, **parallel: obj
     return case(name, model, virtual_stages=virtual, **parallel)
 
 
+RECOMPUTING = [  # some modules, some layers
+    case("selective", recompute="selective", microbatch=2),
+    case(
+        "selective-every-module",
+        GPT2,
+        recompute="selective",
+        recompute_modules=("norms", "activation", "attention"),
+    ),
+    case("full-of-two-layers", recompute="full", recompute_layers=(2,)),
+    case(
+        "selective-tp-sp-gathers",
+        GEMMA3,
+        tp=2,
+        sequence_parallel=True,
+        recompute="selective",
+        recompute_modules=("gathers", "attention"),
+    ),
+    case("selective-ring", cp=2, recompute="selective"),
+    looped(
+        "selective-zbv",
+        pp=2,
+        schedule="zbv",
+        recompute="selective",
+        recompute_modules=("activation",),
+        recompute_layers=(1, 0, 0, 1),
+    ),
+]
 PIPELINES = [  # several stages on a rank, split backwards, two directions
     looped("interleaved", pp=2, schedule="interleaved"),
     looped("interleaved-4", DEEPER, 4, pp=2, schedule="interleaved", recompute="full"),
@@ -215,6 +242,7 @@ CASES = [
     case("zero2-pp-full-recompute", dp_shard=2, zero_stage=2, pp=2, recompute="full"),
     case("zero3-pp", dp_shard=2, pp=2),
     *PIPELINES,
+    *RECOMPUTING,
     # mixtures of experts
     case("moe", MIXTRAL, microbatch=2),
     case("moe-capacity", MIXTRAL, capacity_factor=1.0),

@@ -160,7 +160,22 @@ VALUES: list[Case] = [
     ("virtual stages", train(parallel={"virtual_stages": 2}), ("virtual_stages = 1", "1 stages")),
     ("ep", train(parallel={"ep": 2}), ("[parallel].ep", "mixture of experts")),
     ("capacity", train(parallel={"capacity_factor": -1.0}), ("capacity_factor", "0")),
-    ("selective", train(parallel={"recompute": "selective"}), ("recompute", "not available")),
+    (
+        "modules of full",
+        train(parallel={"recompute": "full", "recompute_modules": ["norms"]}),
+        ("recompute_modules", "'selective'"),
+    ),
+    (
+        "module",
+        train(parallel={"recompute": "selective", "recompute_modules": ["norm"]}),
+        ("recompute_modules", "'norms'"),
+    ),
+    ("layers of none", train(parallel={"recompute_layers": 2}), ("recompute_layers", "'full'")),
+    (
+        "more layers than a stage",
+        train(parallel={"recompute": "full", "recompute_layers": [9, 1], "pp": 2}),
+        ("recompute_layers", "stage 0"),
+    ),
     ("recompute", train(parallel={"recompute": "ful"}), ("[parallel].recompute", "'full'")),
     ("name is a number", train(cluster={"gpu": 4}), ("[cluster].gpu", "4")),
     ("name is blank", train(cluster={"gpu": " "}), ("[cluster].gpu",)),

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from simcore.errors import InputError, nearest
+from simcore.recompute import check_recompute
 from simcore.scenario.fields import GenerateMetric, Table, TrainMetric
 from simcore.scenario.mistakes import raise_problems, sentence_of
 from simcore.scenario.tables import (
@@ -244,7 +245,7 @@ def check_scenario(scenario: Scenario) -> None:
     if parallel is None:
         return
     find_schedule(parallel.schedule).check(parallel.virtual_stages)
-    stage_layers(spec, parallel)
+    check_recompute(parallel, stage_layers(spec, parallel))
     check_strategy(spec, parallel, parallel.world)
     work = scenario.work()
     if isinstance(work, TrainStep):

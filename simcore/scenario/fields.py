@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from simcore.scenario.words import shown_as, wrong_choice
@@ -69,6 +69,12 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(max_length=500), AfterValidator(_plain_text)]
 Schedule = Annotated[str, Strict(), AfterValidator(_known_schedule)]
 StageLayers = Annotated[tuple[Layers, ...], Field(max_length=10**4)]
+RepeatedLayers = Annotated[
+    tuple[OptionalLayers, ...],
+    BeforeValidator(lambda value: (value,) if type(value) is int else value),
+    Field(max_length=10**4),
+]
+Module = Literal["attention", "norms", "activation", "gathers"]
 Mixer = Literal["mha", "gqa", "mqa", "mla", "sliding", "ssm"]
 
 

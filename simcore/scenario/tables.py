@@ -17,6 +17,8 @@ from simcore.scenario.fields import (
     Degree,
     Flag,
     Metric,
+    Module,
+    RepeatedLayers,
     Schedule,
     Seconds,
     StageLayers,
@@ -124,7 +126,18 @@ class ParallelTable(Table):
         None,
     )
     sequence_parallel: Flag = key_of("Whether norms shard the sequence over tp ranks.", False)
-    recompute: Literal["none", "full"] = key_of("Activations computed again in backward.", "none")
+    recompute: Literal["none", "selective", "full"] = key_of(
+        "What backward computes again: nothing, some modules of a layer, or all of it.", "none"
+    )
+    recompute_modules: tuple[Module, ...] = key_of(
+        "With selective: whose results are computed again; empty: attention's.", ()
+    )
+    recompute_layers: RepeatedLayers = key_of(
+        "How many layers of every stage recompute, the first ones: a number, or a list of one per "
+        "stage; empty: all.",
+        (),
+        unit="layers",
+    )
 
     @model_validator(mode="after")
     def _check_auto(self) -> Self:

@@ -29,7 +29,6 @@ LATER_KEYS = {
 
 LATER_VALUES = {
     ("workload", "kind"): ("serve",),
-    ("parallel", "recompute"): ("selective",),
     ("decoding", "method"): (
         *("speculative", "tree", "multi_head", "jacobi", "lookahead", "diffusion"),
         *("block_diffusion", "masked", "wavefront", "next_scale", "fork_join"),
