@@ -89,11 +89,12 @@ class Interpreter:
     dtype: torch.dtype | None = None  # overrides every float dtype (exact tests use float64)
     watcher: Watcher | None = None
     tensors: dict[Key, Tensor] = field(default_factory=dict)
-    views: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    views: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     pending: dict[Key, Flight] = field(default_factory=dict)
     spans: list[RawSpan] = field(default_factory=list)
     results: dict[str, list[Tensor]] = field(default_factory=dict)
     step: int = 0
+    places: tuple[int, int] = (-1, -1)  # where the running action reads and writes weights
     clock: Clock = field(init=False)
     where: dict[str, int] = field(init=False)
     context: Context = field(init=False)
@@ -138,13 +139,16 @@ class Interpreter:
 
         A cache is made for ``cache_rows`` rows per sequence.
         """
-        for body in dict.fromkeys(action.body for action in self.actions):
-            for call, _, op in self.program.ops(body):
-                for name in (*op.reads, *op.writes):
-                    self._create(name, call.layer, cache_rows)
+        for stage, body in dict.fromkeys((action.stage, action.body) for action in self.actions):
+            held = self.program.versions.get(stage)
+            for place in range(held.kept) if held else (-1,):
+                self.places = place, place
+                for call, _, op in self.program.ops(body):
+                    for name in (*op.reads, *op.writes):
+                        self._create(name, call.layer, cache_rows)
 
     def _create(self, name: str, layer: int, cache_rows: int = 0) -> None:
-        key = self.program.key(name, layer, 0)
+        key = self._key(name, layer, 0)
         root = self.program.buffers[key[0]]
         if root.scope not in PERSISTENT or key in self.tensors:
             return
@@ -183,22 +187,33 @@ class Interpreter:
 
     # -- access --------------------------------------------------------------------------------
 
-    def read(self, name: str, layer: int, microbatch: int) -> Tensor:
-        """Return the tensor that ``name`` means, waiting for its communication if need be."""
+    def _key(self, name: str, layer: int, microbatch: int, *, written: bool = False) -> Key:
+        """Return the instance that ``name`` means in the running action, its version included."""
         key = self.program.key(name, layer, microbatch)
+        if self.program.buffers[key[0]].scope != "weight":
+            return key
+        return key[0], key[1], self.places[written]
+
+    def read(self, name: str, layer: int, microbatch: int, *, written: bool = False) -> Tensor:
+        """Return the tensor that ``name`` means, waiting for its communication if need be.
+
+        ``written``: of the version of the weights that the running action writes.
+        """
+        key = self._key(name, layer, microbatch, written=written)
         if key in self.pending:
             self._wait(key)
         buffer = self.program.buffer(name)
         if not buffer.base:
             return self.tensors[key]
-        view = self.views.get((name, layer))
+        place = self.places[written]
+        view = self.views.get((name, layer, place))
         if view is None:
             size = int(buffer.elements)
             offset = self.index(buffer.part) * size if buffer.part else int(buffer.offset)
             flat = self.tensors[key][offset : offset + size]
             view = flat.view([int(dim) for dim in buffer.dims])
             if self.program.buffers[key[0]].scope in PERSISTENT:
-                self.views[name, layer] = view
+                self.views[name, layer, place] = view
         return view
 
     def _wait(self, key: Key) -> None:
@@ -208,7 +223,7 @@ class Interpreter:
             flight.span.end = self.clock.mark()
 
     def _bind(self, name: str, layer: int, microbatch: int, tensor: Tensor) -> None:
-        self.tensors[self.program.key(name, layer, microbatch)] = tensor
+        self.tensors[self._key(name, layer, microbatch, written=True)] = tensor
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -243,6 +258,10 @@ class Interpreter:
         """Run one action's ops in issue order."""
         dying = self.dying.get(action.body, {})
         program, microbatch = self.program, action.microbatch
+        self.places = program.places(action)
+        if action.kind == "O":
+            made = (self.step - 1) * int(program.info.get("updates", 1))
+            self.context.step = made + microbatch + 1
         for number, call in enumerate(program.bodies[action.body]):
             for index, op in enumerate(program.blocks[call.block].ops):
                 if op.is_communication:
@@ -258,10 +277,10 @@ class Interpreter:
 
     def _existing(self, name: str, layer: int, microbatch: int) -> Tensor | None:
         """Return the tensor to write into, where the buffer outlives its writer and exists."""
-        key = self.program.key(name, layer, microbatch)
+        key = self._key(name, layer, microbatch, written=True)
         scope = self.program.buffers[key[0]].scope
         if (scope in PERSISTENT or scope == "work") and key in self.tensors:
-            return self.read(name, layer, microbatch)
+            return self.read(name, layer, microbatch, written=True)
         return None
 
     def _inputs(self, op: Op, layer: int, microbatch: int) -> list[Tensor]:
@@ -294,7 +313,7 @@ class Interpreter:
     def _communicate(self, op: Op, layer: int, microbatch: int, action: Action) -> None:
         reads = self._inputs(op, layer, microbatch)
         if op.writes:
-            key = self.program.key(op.writes[0], layer, microbatch)
+            key = self._key(op.writes[0], layer, microbatch, written=True)
             found = self._existing(op.writes[0], layer, microbatch)
         else:
             key, found = (op.stream, layer, microbatch), None

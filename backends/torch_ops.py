@@ -471,6 +471,8 @@ LEARNING_RATE = 1e-4
 
 def _adam(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     grad, weight, m, v = reads[:4]
+    if outs[0] is not None and outs[0] is not weight:  # another version of the weights
+        weight = outs[0].copy_(weight)
     target = reads[4] if op.attrs.get("master") else weight
     if target.dtype == torch.float64:
         m, v = m.double(), v.double()

@@ -93,7 +93,8 @@ class Training:
         runner = self.interpreters[0]
         runner.run_step(self.data)
         losses = runner.results.get("loss", [])
-        return {"loss": torch.stack(losses).double().sum() if losses else None}
+        updates = runner.program.info.get("updates", 1)  # each with the mean over its own batch
+        return {"loss": torch.stack(losses).double().sum() / updates if losses else None}
 
 
 @dataclass(slots=True)

@@ -90,16 +90,18 @@ PARTS = {"weight": "weights", "grad": "gradients", "state": "optimizer", "cache"
 
 def residents(program: Program, rank: int) -> Residents:
     """Return the persistent bytes of pipeline rank ``rank``, each storage once."""
-    seen: dict[Key, Buffer] = {}
-    for body in {action.body for action in program.order[rank]}:
+    seen: dict[Key, tuple[Buffer, int]] = {}
+    for stage, body in {(action.stage, action.body) for action in program.order[rank]}:
+        held = program.versions.get(stage)
         for _, layer, op in positions(program, body):
             for name in (*op.reads, *op.writes):
                 if _scope(program, name) in PERSISTENT:
                     key = program.key(name, layer, 0)
-                    seen[key] = program.buffers[key[0]]
+                    buffer = program.buffers[key[0]]
+                    seen[key] = buffer, held.kept if held and buffer.scope == "weight" else 1
     parts = dict.fromkeys(PARTS.values(), 0.0)
-    for buffer in seen.values():
-        parts[PARTS[buffer.scope]] += float(buffer.size_bytes)
+    for buffer, copies in seen.values():
+        parts[PARTS[buffer.scope]] += float(buffer.size_bytes) * copies
     return Residents(parts)
 
 

@@ -27,6 +27,7 @@ from simcore.network import (
     layer_block,
 )
 from simcore.ops import Buffer, Op, Size
+from simcore.pipelines.asynchronous import group_reduces, update_group, versions_of, with_updates
 from simcore.pipelines.orders import Order, is_split
 from simcore.pipelines.placement import Placement, last_reduces, with_messages
 from simcore.program import MIRROR, Action, Block, Call, Program
@@ -422,6 +423,9 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     orders = schedule(parallel.pp, count, parallel.virtual_stages)
     placement = Placement.of(orders, schedule.copies)
     _check_backward(parallel, orders)
+    sharded = bool(Sharding.of(parallel).stage)
+    group = update_group(schedule.updates, model, parallel, count, sharded=sharded)
+    updates = count // group
     if model.tied_embeddings:
         _check_tied(parallel, orders, placement)
     check_split(model, parallel, workload.seq_len)
@@ -443,16 +447,22 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         workload.optimizer,
         is_split(orders),
     )
-    _forward_blocks(low, tp, rows, 1.0 / (workload.global_batch * workload.seq_len))
+    _forward_blocks(low, tp, rows, updates / (workload.global_batch * workload.seq_len))
     _backward_blocks(low)
     for unit in UNITS:
         low.sharding_blocks(unit)
     bodies = _pipeline_bodies(low, tp.local(rows.tokens) * model.hidden, placement)
-    reduced = [last_reduces(actions) for actions in orders]
-    order = tuple(
-        (*actions, *_ending(bodies, placement, rank))
-        for rank, actions in enumerate(with_messages(reduced, placement))
-    )
+    if schedule.updates:
+        found = schedule.updates
+        reduced = [group_reduces(actions, group) for actions in orders]
+        order = tuple(tuple(with_updates(row)) for row in with_messages(reduced, placement))
+        versions = {s: versions_of(found, actions, group) for s, actions in enumerate(orders)}
+    else:
+        reduced, versions = [last_reduces(actions) for actions in orders], {}
+        order = tuple(
+            (*actions, *_ending(bodies, placement, rank))
+            for rank, actions in enumerate(with_messages(reduced, placement))
+        )
     info = {
         "kind": "train",
         "microbatches": count,
@@ -463,8 +473,9 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         "split": astuple(parallel.split),
         "keep": ("loss",),
         "schedule": parallel.schedule,
+        "updates": updates,
     }
-    return _program(low, bodies, order, placement, info)
+    return replace(_program(low, bodies, order, placement, info), versions=versions)
 
 
 def _check_backward(parallel: ParallelStrategy, orders: Order) -> None:

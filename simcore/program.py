@@ -47,6 +47,17 @@ class Action(NamedTuple):
         return f"{self.stage}{self.kind}{self.microbatch}"
 
 
+class Versions(NamedTuple):
+    """Where a stage keeps several versions of its weights, in places numbered from 0.
+
+    Without it there is one version, changed in place.
+    """
+
+    kept: int  # places
+    used: tuple[int, ...]  # the place that every microbatch's forward and backward read
+    updates: tuple[tuple[int, int], ...]  # the places that every update reads and writes
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """Per pipeline rank, the ordered actions, with everything that they refer to.
@@ -62,6 +73,7 @@ class Program:
     order: tuple[tuple[Action, ...], ...]
     stage_rank: tuple[int, ...]  # which pipeline rank holds each stage
     info: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[int, Versions] = field(default_factory=dict)  # by stage
 
     @property
     def world(self) -> int:
@@ -76,6 +88,15 @@ class Program:
         for call in self.bodies[body]:
             for index, op in enumerate(self.blocks[call.block].ops):
                 yield call, index, op
+
+    def places(self, action: Action) -> tuple[int, int]:
+        """Return in which places an action reads and writes weights; -1 where there is but one."""
+        held = self.versions.get(action.stage)
+        if held is None:
+            return -1, -1
+        if action.kind == "O":
+            return held.updates[action.microbatch]
+        return held.used[action.microbatch], held.used[action.microbatch]
 
     def key(self, name: str, layer: int, microbatch: int) -> Key:
         """Return the instance that ``name`` means in a call on ``layer``."""

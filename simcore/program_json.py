@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from simcore.ops import Buffer, Op
-from simcore.program import Action, Block, Call, Program
+from simcore.program import Action, Block, Call, Program, Versions
 
 DEFAULT_BUFFER = asdict(Buffer((), ""))
 DEFAULT_OP = {"stream": "compute", "group": "", "attrs": {}}
@@ -66,6 +66,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "order": [[list(action) for action in actions] for actions in program.order],
         "stage_rank": list(program.stage_rank),
         "info": _plain(program.info),
+        "versions": {str(stage): list(held) for stage, held in program.versions.items()},
     }
 
 
@@ -83,4 +84,5 @@ def program_from_json(data: Mapping[str, Any]) -> Program:
         tuple(tuple(Action(*action) for action in actions) for actions in data["order"]),
         tuple(data["stage_rank"]),
         _tuples(dict(data["info"])),
+        {int(stage): Versions(*_tuples(held)) for stage, held in data["versions"].items()},
     )

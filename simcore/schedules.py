@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from simcore.errors import InputError, unknown
+from simcore.pipelines.asynchronous import ASYNCHRONOUS, Asynchronous
 from simcore.pipelines.greedy import bitpipe, chimera, hanayo
 from simcore.pipelines.looped import (
     interleaved,
@@ -54,12 +55,14 @@ class Schedule:
 
     ``stages_per_rank``: how many stages of the network a rank holds; None where the user chooses,
     and ``order`` then takes that number as its third argument. ``copies`` of the network enter
-    the pipeline at either end. The rank of every stage follows from the order.
+    the pipeline at either end. The rank of every stage follows from the order. ``updates``: how
+    weights change while microbatches are under way, where the pipeline is never flushed.
     """
 
     order: Callable[..., Order]
     stages_per_rank: int | None = 1
     copies: int = 1
+    updates: Asynchronous | None = None
 
     def __call__(self, ranks: int, microbatches: int, virtual: int = 1) -> Order:
         """Return each rank's actions. Raises `InputError` for numbers that it cannot have."""
@@ -90,6 +93,7 @@ SCHEDULES: dict[str, Schedule] = {
     "hanayo": Schedule(hanayo, None),
     "chimera": Schedule(chimera, 1, copies=2),
     "bitpipe": Schedule(bitpipe, 2, copies=2),
+    **{name: Schedule(one_f_one_b, updates=how) for name, how in ASYNCHRONOUS.items()},
 }
 
 

@@ -31,6 +31,7 @@ class ParallelStrategy:
     capacity_factor: float | None = None  # None: every row is kept where ep is 1, else 1.0
     microbatch: int = 1
     schedule: str = "1f1b"
+    update_every: int = 0  # microbatches of an update, where weights change without a flush
     virtual_stages: int = 1
     layers_per_stage: tuple[int, ...] = ()
     zero_stage: int | None = None  # None: 3 where dp_shard > 1, else 0

@@ -18,7 +18,6 @@ from simcore.errors import InputError
 from simcore.estimate import estimate
 from simcore.liveness import activation_peaks
 from simcore.lower import lower_pass, lower_training
-from simcore.pipelines.asynchronous import ASYNCHRONOUS, staleness
 from simcore.pipelines.checking import check_schedule
 from simcore.pipelines.orders import Order, is_split, stage_ranks
 from simcore.pipelines.text import schedule_from_text, schedule_to_text
@@ -391,40 +390,6 @@ def test_faulty_files_are_refused(text: str, words: str, tmp_path: Path) -> None
 def test_text_of_torch_with_messages_and_pairs_is_read() -> None:
     text = "0F0,,(0F1;0B0)OVERLAP_F_B,0SEND_F1,0UNSHARD,0I1,0W1\n"
     assert [str(a) for a in schedule_from_text(text)[0]] == ["0F0", "0F1", "0B0", "0I1", "0W1"]
-
-
-# ------------------------------------------------------------------------------- asynchronous
-
-
-@pytest.mark.parametrize("p", [2, 4, 8])
-def test_stale_weights_are_the_published_ones(p: int) -> None:
-    """PipeDream keeps p versions on the first stage and one on the last; 2BW two everywhere."""
-    order = ASYNCHRONOUS["pipedream"].order(p, 8 * p)
-    found = staleness("pipedream", order)
-    assert [s.versions for s in found] == list(range(p, 0, -1))
-    assert [s.delay for s in found] == list(range(p - 1, -1, -1))
-    assert {s.mismatch for s in found} == {0}
-    for group in (p, 2 * p):
-        two = staleness("pipedream_2bw", order, group)
-        assert {(s.versions, s.delay) for s in two} == {(2, 1)}
-    none = staleness("pipelined_backprop", order)
-    assert {s.versions for s in none} == {1}
-    assert [s.mismatch for s in none] == list(range(p - 1, -1, -1))
-
-
-def test_groups_shorter_than_the_pipeline_are_refused() -> None:
-    with pytest.raises(InputError, match="at least as long"):
-        staleness("pipedream_2bw", ASYNCHRONOUS["pipedream_2bw"].order(4, 16), 2)
-    with pytest.raises(InputError, match="pipedream"):
-        staleness("pipedreem", [])
-
-
-def test_a_stream_without_flushes_idles_ever_less() -> None:
-    fractions = [
-        run_units(ASYNCHRONOUS["pipedream"].order(4, count)).bubble_fraction
-        for count in (8, 64, 512)
-    ]
-    assert fractions == [pytest.approx(3 / (count + 3)) for count in (8, 64, 512)]
 
 
 # ------------------------------------------------------------------------------- pictures

@@ -116,6 +116,12 @@ class ParallelTable(Table):
     )
     microbatch: Degree = key_of("Sequences of one microbatch on one replica.", 1, unit="sequences")
     schedule: Schedule = key_of("Pipeline schedule, or a CSV file with one.", "1f1b")
+    update_every: Annotated[int, Strict(), Field(ge=0, le=1_000_000)] = key_of(
+        "Microbatches of one update, in a schedule that updates while others are under way; 0: the "
+        "fewest that it allows.",
+        0,
+        unit="microbatches",
+    )
     virtual_stages: Degree = key_of("Stages on one pipeline rank.", 1, unit="stages")
     layers_per_stage: StageLayers = key_of(
         "Layers of every stage; empty: split evenly.", (), unit="layers"
