@@ -3,7 +3,10 @@
 A policy names ops of the forward pass. Their results die with their last reader there, and backward
 starts by running again those of them that it needs; what these read is kept. ``full`` runs the
 whole layer again and keeps its input alone (Chen et al. 2016); ``selective`` runs some modules
-again, by default attention's core, whose inputs are kept (Korthikanti et al. 2022, section 5).
+again, by default attention's core, whose inputs are kept (Korthikanti et al. 2022, section 5);
+``keep_attention`` runs all but attention again, whose output and logarithms of sums are kept:
+its gradients follow from these (Dao 2023, algorithm 2), so that neither its products nor the
+exchanges inside it run twice (LightSeq, Li et al. 2023, section 3.3).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from simcore.errors import InputError, unknown
 from simcore.ops import Op
 from simcore.strategy import ParallelStrategy
 
-POLICIES = ("none", "selective", "full")
+POLICIES = ("none", "selective", "keep_attention", "full")
 # Kinds of op that a module consists of. Around a ring, attention's blocks travel again.
 MODULES: dict[str, frozenset[str]] = {
     "attention": frozenset(
@@ -25,6 +28,7 @@ MODULES: dict[str, frozenset[str]] = {
     "gathers": frozenset({"all_gather"}),  # inputs of products under sequence parallelism
 }
 DEFAULT_MODULES = ("attention",)
+ENDS_OF_ATTENTION = frozenset({"attention", "attention_merge"})  # what they write is kept
 
 
 def check_recompute(parallel: ParallelStrategy, layers: Sequence[int]) -> None:
@@ -75,18 +79,37 @@ def recompute_ops(
         return ()
     if parallel.recompute == "full":
         return tuple(forward)
+    backward = tuple(backward)
+    if parallel.recompute == "keep_attention":
+        wanted = given_to(backward)
+        ends = [op for op in forward if op.kind in ENDS_OF_ATTENTION]
+        kept = {name for op in ends for name in op.writes if name in wanted}
+        results = {name for op in forward for name in op.writes if name.endswith("+")}
+        return needed(forward, (wanted | results) - kept, kept)
+    wanted = {name for op in backward for name in op.reads}
     modules = parallel.recompute_modules or DEFAULT_MODULES
     kinds = frozenset().union(*(MODULES[name] for name in modules))
-    return needed(
-        [op for op in forward if op.kind in kinds], {name for op in backward for name in op.reads}
-    )
+    return needed([op for op in forward if op.kind in kinds], wanted)
 
 
-def needed(ops: Sequence[Op], wanted: Iterable[str]) -> tuple[Op, ...]:
-    """Return those of ``ops``, in order, from which the ``wanted`` buffers follow."""
+def given_to(ops: Iterable[Op]) -> set[str]:
+    """Return the buffers that ``ops`` read before they write them."""
+    found: set[str] = set()
+    written: set[str] = set()
+    for op in ops:
+        found.update(name for name in op.reads if name not in written)
+        written.update(op.writes)
+    return found
+
+
+def needed(ops: Sequence[Op], wanted: Iterable[str], kept: Iterable[str] = ()) -> tuple[Op, ...]:
+    """Return those of ``ops``, in order, from which the ``wanted`` buffers follow.
+
+    ``kept`` ones are there already.
+    """
     open_names, found = set(wanted), []
     for op in reversed(ops):
         if not open_names.isdisjoint(op.writes):
-            open_names.update(op.reads)
+            open_names.update(name for name in op.reads if name not in kept)
             found.append(op)
     return tuple(reversed(found))

@@ -36,7 +36,7 @@ class ParallelStrategy:
     layers_per_stage: tuple[int, ...] = ()
     zero_stage: int | None = None  # None: 3 where dp_shard > 1, else 0
     sequence_parallel: bool = False
-    recompute: str = "none"  # or "selective", "full": `simcore.recompute`
+    recompute: str = "none"  # or another of `simcore.recompute.POLICIES`
     recompute_modules: tuple[str, ...] = ()  # selective: what is computed again; (): attention
     recompute_layers: tuple[int, ...] = ()  # of every stage, or of each; (): all
     cp_kind: str = "ring"  # or token_ring (queries travel), ulysses, usp: ring and ulysses

@@ -12,6 +12,7 @@ from simcore.errors import InputError
 from simcore.liveness import activation_peaks
 from simcore.lower import lower_training
 from simcore.models import forward_flops
+from simcore.ops import work
 from simcore.program import Program
 from simcore.recompute import MODULES
 from simcore.strategy import ParallelStrategy
@@ -50,6 +51,25 @@ def test_the_core_of_attention_runs_twice() -> None:
     assert again == pytest.approx(LLAMA.layers * CORE_FLOPS, rel=1e-12)
 
 
+@pytest.mark.parametrize("parallel", [{}, {"cp": 2}, {"cp": 2, "cp_kind": "ulysses"}, {"tp": 2}])
+def test_attention_that_is_kept_runs_once(parallel: dict[str, object]) -> None:
+    """Its products and what moves inside it are not repeated; kept are one output and its lse."""
+    programs = {
+        how: lowered(recompute=how, **parallel) for how in ("none", "keep_attention", "full")
+    }
+    flops = {how: step_totals(found, 0).flops for how, found in programs.items()}
+    peak = {how: activation_peaks(found, 0)[0] for how, found in programs.items()}
+    ops = programs["full"].blocks["layer.F"].ops
+    core = [op for op in ops if op.kind.startswith("attention") and work(op).flops]
+    each = sum(work(op).flops for op in core)
+    mixing = LLAMA.layers * each
+    assert flops["full"] - flops["keep_attention"] == pytest.approx(mixing, rel=1e-12)
+    assert flops["none"] < flops["keep_attention"]
+    again = {op.kind for op in programs["keep_attention"].blocks["layer.R"].ops}
+    assert not again & {"attention", "attention_block", "attention_merge", "ring_shift"}
+    assert peak["full"] < peak["keep_attention"] < peak["none"]
+
+
 def test_what_a_policy_keeps() -> None:
     """Per token of a layer; a full one keeps its input alone, in 16 bits."""
     model, layers = LLAMA, LLAMA.layers
@@ -72,7 +92,7 @@ def test_what_a_policy_keeps() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.sampled_from(("selective", "full")),
+    st.sampled_from(("selective", "keep_attention", "full")),
     st.lists(st.sampled_from(sorted(MODULES)), unique=True).map(tuple),
     st.integers(0, LLAMA.layers),
     st.sampled_from(({}, {"tp": 2, "sequence_parallel": True}, {"cp": 2}, {"dp_shard": 2})),
@@ -81,7 +101,7 @@ def test_more_work_for_less_memory(
     policy: str, modules: tuple[str, ...], count: int, rest: dict[str, object]
 ) -> None:
     """No policy keeps more than none does, and none does less work."""
-    if policy == "full":
+    if policy != "selective":
         modules = ()
     work = TrainStep(2, SEQ)
     how = {"recompute": policy, "recompute_modules": modules, "recompute_layers": (count,)}

@@ -132,8 +132,10 @@ class ParallelTable(Table):
         None,
     )
     sequence_parallel: Flag = key_of("Whether norms shard the sequence over tp ranks.", False)
-    recompute: Literal["none", "selective", "full"] = key_of(
-        "What backward computes again: nothing, some modules of a layer, or all of it.", "none"
+    recompute: Literal["none", "selective", "keep_attention", "full"] = key_of(
+        "What backward computes again: nothing, some modules of a layer, all but the output of "
+        "attention, or all of it.",
+        "none",
     )
     recompute_modules: tuple[Module, ...] = key_of(
         "With selective: whose results are computed again; empty: attention's.", ()
