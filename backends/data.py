@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from backends.weights import seeded
+from simcore.mixed import MixedProgram
 from simcore.program import Program, coordinates
 from simcore.sequence import rank_positions
 
@@ -31,17 +32,49 @@ def training_data(
     """
     info, replica = program.info, replica_of(program, rank)
     batch, length = int(info["batch"]), int(info["seq_len"])
-    mine = torch.from_numpy(rank_positions(program, rank)).to(device)
     data: dict[tuple[str, int], Tensor] = {}
     for microbatch in range(int(info["microbatches"])):
         first = (microbatch * int(info["dp"]) + replica) * batch
         rows = torch.stack(
             [sequence(seed, first + row, length, int(info["vocab"])) for row in range(batch)]
-        ).to(device)
-        data["tokens", microbatch] = rows[:, mine].reshape(-1)
-        data["targets", microbatch] = rows[:, mine + 1].reshape(-1)
-        data["positions", microbatch] = mine.repeat(batch)
+        )
+        data |= _microbatch(program, rank, microbatch, rows[:, :-1], rows[:, 1:], device)
     return data
+
+
+def _microbatch(
+    program: Program,
+    rank: int,
+    microbatch: int,
+    tokens: Tensor,
+    targets: Tensor,
+    device: torch.device,
+) -> dict[tuple[str, int], Tensor]:
+    """Return the rank's part of the rows [batch, seq_len] of a microbatch."""
+    mine = torch.from_numpy(rank_positions(program, rank))
+    return {
+        ("tokens", microbatch): tokens[:, mine].reshape(-1).to(device),
+        ("targets", microbatch): targets[:, mine].reshape(-1).to(device),
+        ("positions", microbatch): mine.repeat(len(tokens)).to(device),
+    }
+
+
+NO_TARGET = -1  # of padding
+
+
+def piece_data(
+    mixed: MixedProgram, number: int, rank: int, seed: int, device: torch.device
+) -> dict[tuple[str, int], Tensor]:
+    """Return a rank's part of a piece; its sequences are padded to one length."""
+    piece = mixed.pieces[number]
+    program = mixed.variants[piece.variant]
+    shape, vocab = (len(piece.sequences), piece.tokens), int(program.info["vocab"])
+    tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, NO_TARGET)
+    for row, each in enumerate(piece.sequences):
+        length = mixed.lengths[each]
+        drawn = sequence(seed, each, length, vocab)
+        tokens[row, :length], targets[row, :length] = drawn[:-1], drawn[1:]
+    return _microbatch(program, rank, number, tokens, targets, device)
 
 
 def prompts(program: Program, rank: int, seed: int, length: int, device: torch.device) -> Tensor:

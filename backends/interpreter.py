@@ -235,16 +235,24 @@ class Interpreter:
         ``cached``: rows in the key-value cache before this pass; ``rows``: longest sequence,
         those included.
         """
+        self.begin(cached=cached, rows=rows)
+        self.give(data)
+        for action in self.actions:
+            self.run_action(action)
+        self.drain()
+
+    def begin(self, *, cached: int = 0, rows: int = 0) -> None:
+        """Start a step: `run_step` says what ``cached`` and ``rows`` are."""
         self.step += 1
         self.context.step = self.step
         self.context.cached = cached
         self.context.rows = rows or int(self.program.info["seq_len"])
         self.results = {}
+
+    def give(self, data: Mapping[tuple[str, int], Tensor]) -> None:
+        """Bind what a step reads, by (buffer, microbatch)."""
         for (name, microbatch), tensor in data.items():
             self._bind(name, -1, microbatch, tensor)
-        for action in self.actions:
-            self.run_action(action)
-        self.drain()
 
     def drain(self) -> None:
         """Wait for all communication and move what the step gives to ``results``."""

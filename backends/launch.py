@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from simcore.errors import RunError
+from simcore.mixed import MixedProgram
 from simcore.program import Program
-from simcore.program_json import program_to_json
+from simcore.program_json import mixed_to_json, program_to_json
 from simcore.timeline import Span, Timeline, met, timeline
 from simcore.workloads import Generation
 
@@ -74,21 +75,21 @@ class GenerationJob:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One program, or one generation, with the options of its run."""
+    """One program, one generation or one step over unequal lengths, and how it is run."""
 
-    work: Program | GenerationJob
+    work: Program | GenerationJob | MixedProgram
     options: RunOptions = RunOptions()
 
     @property
     def mesh(self) -> Mapping[str, int]:
-        """The mesh of its ranks."""
+        """The mesh of its ranks, of one of them where a step has several."""
         work = self.work
-        return work.mesh if isinstance(work, Program) else work.prefill.mesh
+        return work.prefill.mesh if isinstance(work, GenerationJob) else work.mesh
 
     @property
     def processes(self) -> int:
         """How many ranks have to be started."""
-        work = self.work if isinstance(self.work, Program) else self.work.prefill
+        work = self.work.prefill if isinstance(self.work, GenerationJob) else self.work
         return 1 if self.options.alone_rank is not None else work.world
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +98,8 @@ class Job:
         work = self.work
         if isinstance(work, Program):
             return {"program": program_to_json(work), **run}
+        if isinstance(work, MixedProgram):
+            return {"mixed": mixed_to_json(work), **run}
         generation = {
             "prefill": program_to_json(work.prefill),
             "decode": program_to_json(work.decode),
@@ -158,7 +161,7 @@ class RunResult:
         return met(timeline((span for rank in self.ranks for span in rank.spans), self.step_s))
 
 
-def run_program(program: Program, options: RunOptions = RunOptions()) -> RunResult:
+def run_program(program: Program | MixedProgram, options: RunOptions = RunOptions()) -> RunResult:
     """Run a training step on real ranks. Raises `RunError` where a rank dies or hangs."""
     return run_many([Job(program, options)])[0]
 

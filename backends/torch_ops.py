@@ -429,7 +429,8 @@ def _softmax_loss(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     tokens = reads[1].shape[0]
     stats = reads[2].view(-1, tokens, 3)
     lse = stats[..., 0].logsumexp(0)
-    loss = (lse - stats[..., 1].sum(0)).sum() * op.attrs["scale"]
+    counted = (reads[1] >= 0).to(lse.dtype)  # padding has no target
+    loss = ((lse - stats[..., 1].sum(0)) * counted).sum() * op.attrs["scale"]
     return (loss.reshape(1), lse)
 
 
@@ -440,13 +441,14 @@ def _softmax_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Resul
     if not valid.shape[1]:
         return (torch.zeros_like(logits),)
     scale = op.attrs["scale"]
-    p = torch.sub(valid, lse[:, None].to(valid.dtype)).exp_().mul_(scale)
+    weights = (targets >= 0).to(valid.dtype) * scale  # padding has no target
+    p = torch.sub(valid, lse[:, None].to(valid.dtype)).exp_().mul_(weights[:, None])
     local = targets - first
     inside = (local >= 0) & (local < valid.shape[1])
     rows = torch.arange(targets.shape[0], device=logits.device)
     p.index_put_(
         (rows, local.clamp(0, valid.shape[1] - 1)),
-        torch.where(inside, -scale, 0.0).to(p.dtype),
+        inside.to(p.dtype) * -scale,
         accumulate=True,
     )
     return (F.pad(p, (0, logits.shape[1] - valid.shape[1])) if padded else p,)

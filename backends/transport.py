@@ -83,33 +83,45 @@ class Distributed:
     """Real collectives over the process groups of a mesh.
 
     ``groups`` names mesh axes, axes joined by ``*``, or an axis and a channel (``pp/F``).
+    ``beside``: the transport of another mesh of these ranks, in the same run: the two share what
+    is recorded, and the groups of the same ranks.
     """
 
-    def __init__(self, mesh: Mapping[str, int], rank: int, groups: Iterable[str]) -> None:
+    def __init__(
+        self,
+        mesh: Mapping[str, int],
+        rank: int,
+        groups: Iterable[str],
+        beside: Distributed | None = None,
+    ) -> None:
         self.mesh, self.rank = mesh, rank
-        self.recorded: Counter[tuple[str, str]] = Counter()
-        self.made: list[Any] = []
+        self.recorded: Counter[tuple[str, str]] = beside.recorded if beside else Counter()
+        self.made: dict[tuple[str, tuple[int, ...]], Any] = beside.made if beside else {}
         self.groups = {name: self._make(name) for name in sorted(groups)}
 
     def _make(self, name: str) -> Any:
         """Create every group along ``name`` on all ranks; return the own one."""
-        axes, mine = name.partition("/")[0], None
+        axes, _, channel = name.partition("/")
+        mine = None
         seen: set[tuple[int, ...]] = set()
         for rank in range(dist.get_world_size()):
             ranks = tuple(group_ranks(self.mesh, axes, rank))
             if ranks in seen:
                 continue
             seen.add(ranks)
-            group = dist.new_group(list(ranks))
+            use = channel, ranks
+            if use not in self.made:
+                self.made[use] = dist.new_group(list(ranks))
             if self.rank in ranks:
-                mine = group
-                self.made.append(group)
+                mine = self.made[use]
         return mine
 
     def close(self) -> None:
         """Destroy the process groups."""
-        for group in self.made:
-            dist.destroy_process_group(group)
+        for (_, ranks), group in self.made.items():
+            if self.rank in ranks:
+                dist.destroy_process_group(group)
+        self.made.clear()
 
     def _record(self, kind: str, group: str, tensor: Tensor) -> None:
         self.recorded[kind, group] += tensor.numel() * tensor.element_size()
@@ -165,9 +177,9 @@ class Distributed:
 class Local:
     """One rank alone: collectives become the local copies that they imply."""
 
-    def __init__(self, mesh: Mapping[str, int], rank: int) -> None:
+    def __init__(self, mesh: Mapping[str, int], rank: int, beside: Transport | None = None) -> None:
         self.mesh, self.rank = mesh, rank
-        self.recorded: Counter[tuple[str, str]] = Counter()
+        self.recorded: Counter[tuple[str, str]] = beside.recorded if beside else Counter()
 
     def close(self) -> None:
         """Do nothing."""

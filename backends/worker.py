@@ -4,9 +4,10 @@ Runs under torch's launcher (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or alon
 standard library, numpy, torch 2.6 or newer, and the folders ``simcore`` and ``backends``.
 
 The file holds one job, or ``{"jobs": [...]}``, each with a ``run`` table (see `RUN`) and
-``program``, or ``generation`` with the programs ``prefill`` and ``decode``, a ``method`` of
-`simcore.decode` and a ``workload``. Every rank writes ``DIR/job<j>.rank<r>.json`` when a job is
-done, and ``job<j>.rank<r>.npz`` with the gradients or logits where they were asked for.
+``program``, ``mixed`` (a step over unequal lengths), or ``generation`` with the programs
+``prefill`` and ``decode``, a ``method`` of `simcore.decode` and a ``workload``. Every rank writes
+``DIR/job<j>.rank<r>.json`` when a job is done, and ``job<j>.rank<r>.npz`` with the gradients or
+logits where they were asked for.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.data import pass_data, prompts, training_data
+from backends.data import pass_data, piece_data, prompts, training_data
 from backends.interpreter import Interpreter
 from backends.torch_ops import TORCH_DTYPES
 from backends.transport import Distributed, Local, Transport, group_names
 from backends.watchers import Gradients, LiveBytes, Logits, counted_flops
 from simcore.decode import DECODING, Outcome
 from simcore.errors import RunError, unknown
+from simcore.mixed import MixedProgram, Variant, lane_of
 from simcore.program import Program
-from simcore.program_json import program_from_json
+from simcore.program_json import mixed_from_json, program_from_json
 from simcore.workloads import Generation
 
 RUN: dict[str, Any] = {
@@ -95,6 +97,42 @@ class Training:
         losses = runner.results.get("loss", [])
         updates = runner.program.info.get("updates", 1)  # each with the mean over its own batch
         return {"loss": torch.stack(losses).double().sum() / updates if losses else None}
+
+
+@dataclass(slots=True)
+class MixedTraining:
+    """One training step over sequences of unequal length: an interpreter per kind of piece."""
+
+    interpreters: list[Interpreter]
+    by_variant: Mapping[Variant, Interpreter]
+    mixed: MixedProgram
+    data: Mapping[tuple[str, int], Tensor]
+
+    @classmethod
+    def of(cls, interpreters: list[Interpreter], mixed: MixedProgram) -> MixedTraining:
+        """Prepare a rank: its programs share weights, gradients and states."""
+        by_variant = dict(zip(mixed.variants, interpreters, strict=True))
+        some = interpreters[0]
+        data: dict[tuple[str, int], Tensor] = {}
+        for number in mixed.lanes[lane_of(mixed.mesh, some.rank)]:
+            data |= piece_data(mixed, number, some.rank, some.seed, some.device)
+        for interpreter in interpreters:
+            interpreter.tensors = some.tensors
+            interpreter.prepare()
+        return cls(interpreters, by_variant, mixed, data)
+
+    def once(self) -> dict[str, Any]:
+        """Run one step; the loss is this rank's share of the mean over all real tokens."""
+        losses: list[Tensor] = []
+        for interpreter in self.interpreters:
+            interpreter.begin()
+        self.interpreters[0].give(self.data)
+        for variant, action in self.mixed.actions(self.interpreters[0].rank):
+            self.by_variant[variant].run_action(action)
+        for interpreter in self.interpreters:
+            interpreter.drain()
+            losses += interpreter.results.get("loss", [])
+        return {"loss": torch.stack(losses).double().sum() if losses else None}
 
 
 @dataclass(slots=True)
@@ -196,19 +234,37 @@ def device_of(run: Mapping[str, Any]) -> torch.device:
     return torch.device("cuda", index)
 
 
-def transport_of(rank: Rank, programs: Sequence[Program], run: Mapping[str, Any]) -> Transport:
-    """Return how this rank of the programs' mesh talks to the others."""
+def transport_of(
+    rank: Rank,
+    programs: Sequence[Program],
+    run: Mapping[str, Any],
+    beside: Transport | None = None,
+) -> Transport:
+    """Return how this rank of the programs' mesh talks to the others, ``beside`` another mesh."""
     program = programs[0]
     if run["alone_rank"] is not None:
-        return Local(program.mesh, int(run["alone_rank"]))
+        return Local(program.mesh, int(run["alone_rank"]), beside)
     if program.world != rank.world:
         raise RunError(
             f"the program is for {program.world} ranks but {rank.world} were started: start as "
             "many, or run one alone with alone_rank."
         )
     if rank.world == 1:
-        return Local(program.mesh, 0)
-    return Distributed(program.mesh, rank.number, group_names(programs))
+        return Local(program.mesh, 0, beside)
+    assert not isinstance(beside, Local)
+    return Distributed(program.mesh, rank.number, group_names(programs), beside)
+
+
+def _transports(
+    programs: Sequence[Program], rank: Rank, run: Mapping[str, Any], *, apart: bool
+) -> list[Transport]:
+    """Return each program's transport: one for all, unless they are of meshes ``apart``."""
+    if not apart:
+        return [transport_of(rank, programs, run)] * len(programs)
+    found: list[Transport] = []
+    for program in programs:
+        found.append(transport_of(rank, [program], run, found[0] if found else None))
+    return found
 
 
 def make_runner(
@@ -217,14 +273,19 @@ def make_runner(
     """Return the workload of a job, ready to run."""
     device = device_of(run)
     table = job.get("generation")
-    texts = [job["program"]] if table is None else [table["prefill"], table["decode"]]
-    programs = [program_from_json(text) for text in texts]
-    transport = transport_of(rank, programs, run)
+    mixed = mixed_from_json(job["mixed"]) if "mixed" in job else None
+    if mixed is not None:
+        programs = list(mixed.variants.values())
+    else:
+        texts = [job["program"]] if table is None else [table["prefill"], table["decode"]]
+        programs = [program_from_json(text) for text in texts]
+    transports = _transports(programs, rank, run, apart=mixed is not None)
+    transport = transports[0]
     interpreters = [
         Interpreter(
             program,
-            transport.rank,
-            transport,
+            way.rank,
+            way,
             device,
             run["seed"],
             run["fused"],
@@ -232,8 +293,10 @@ def make_runner(
             record=run["record_spans"],
             dtype=TORCH_DTYPES[run["dtype"]] if run["dtype"] else None,
         )
-        for program in programs
+        for program, way in zip(programs, transports, strict=True)
     ]
+    if mixed is not None:
+        return MixedTraining.of(interpreters, mixed), transport
     if table is None:
         return Training.of(interpreters[0]), transport
     return Generating.of(interpreters[0], interpreters[1], table), transport

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from simcore.mixed import MixedProgram, Variant
 from simcore.ops import work
-from simcore.program import Program
+from simcore.program import Action, Program
 from simcore.sequence import on_rank
 
 
@@ -46,16 +47,35 @@ def step_totals(program: Program, pp_rank: int, rank: int | None = None) -> Tota
 
     Where its ranks have unequal parts of a sequence's work, those of ``rank``, or of one with most.
     """
+    return action_totals(program, program.order[pp_rank], rank)
+
+
+def action_totals(program: Program, actions: Iterable[Action], rank: int | None = None) -> Totals:
+    """Return the sums over some actions of the program."""
     blocks = block_totals(program, rank)
-    uses = Counter(
-        call.block for action in program.order[pp_rank] for call in program.bodies[action.body]
-    )
+    uses = Counter(call.block for action in actions for call in program.bodies[action.body])
     payload: dict[tuple[str, str], float] = {}
     for name, times in uses.items():
         for key, size in blocks[name].payload_bytes.items():
             payload[key] = payload.get(key, 0.0) + times * size
     flops, vector, read, write = (
         sum(times * getattr(blocks[name], what) for name, times in uses.items())
+        for what in ("flops", "vector_flops", "read_bytes", "write_bytes")
+    )
+    return Totals(flops, vector, read, write, payload)
+
+
+def mixed_totals(mixed: MixedProgram, rank: int) -> Totals:
+    """Return the sums over a rank's actions in a step over unequal lengths."""
+    by_variant: dict[Variant, list[Action]] = {}
+    for variant, action in mixed.actions(rank):
+        by_variant.setdefault(variant, []).append(action)
+    found = [action_totals(mixed.variants[v], a, rank) for v, a in by_variant.items()]
+    payload: Counter[tuple[str, str]] = Counter()
+    for each in found:
+        payload.update(each.payload_bytes)
+    flops, vector, read, write = (
+        sum(getattr(each, what) for each in found)
         for what in ("flops", "vector_flops", "read_bytes", "write_bytes")
     )
     return Totals(flops, vector, read, write, payload)

@@ -447,7 +447,8 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         workload.optimizer,
         is_split(orders),
     )
-    _forward_blocks(low, tp, rows, updates / (workload.global_batch * workload.seq_len))
+    tokens = workload.loss_tokens or workload.global_batch * workload.seq_len
+    _forward_blocks(low, tp, rows, updates / tokens)
     _backward_blocks(low)
     for unit in UNITS:
         low.sharding_blocks(unit)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from simcore.mixed import MixedProgram, Piece, Variant
 from simcore.ops import Buffer, Op
 from simcore.program import Action, Block, Call, Program, Versions
 
@@ -85,4 +86,32 @@ def program_from_json(data: Mapping[str, Any]) -> Program:
         tuple(data["stage_rank"]),
         _tuples(dict(data["info"])),
         {int(stage): Versions(*_tuples(held)) for stage, held in data["versions"].items()},
+    )
+
+
+def mixed_to_json(mixed: MixedProgram) -> dict[str, Any]:
+    """Return a step over unequal lengths as JSON data."""
+    return {
+        "variants": [[*kind, program_to_json(p)] for kind, p in mixed.variants.items()],
+        "pieces": [list(piece) for piece in mixed.pieces],
+        "lengths": list(mixed.lengths),
+        "lanes": [list(lane) for lane in mixed.lanes],
+        "orders": [
+            [count, [[list(action) for action in actions] for actions in order]]
+            for count, order in mixed.orders.items()
+        ],
+    }
+
+
+def mixed_from_json(data: Mapping[str, Any]) -> MixedProgram:
+    """Return the step that `mixed_to_json` wrote."""
+    return MixedProgram(
+        {Variant(*kind): program_from_json(text) for *kind, text in data["variants"]},
+        tuple(Piece(tuple(numbers), *rest) for numbers, *rest in data["pieces"]),
+        tuple(data["lengths"]),
+        tuple(map(tuple, data["lanes"])),
+        {
+            count: tuple(tuple(Action(*action) for action in actions) for actions in order)
+            for count, order in data["orders"]
+        },
     )

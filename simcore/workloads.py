@@ -8,13 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class TrainStep:
-    """One optimizer step over ``global_batch`` sequences of ``seq_len`` tokens."""
+    """One optimizer step over ``global_batch`` sequences of ``seq_len`` tokens.
+
+    ``lengths``: tokens of each sequence, where they differ; ``seq_len`` is then the longest.
+    """
 
     global_batch: int
     seq_len: int
     optimizer: str = "adam"
     params_dtype: str = ""  # "" means the model's weights_dtype
     grads_dtype: str = "fp32"
+    lengths: tuple[int, ...] = ()
+    loss_tokens: int = 0  # that the loss is a mean over; 0: all of the step's
 
 
 @dataclass(frozen=True, slots=True)
