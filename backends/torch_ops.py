@@ -17,6 +17,7 @@ from torch import Tensor
 
 from backends.moe_ops import MOE_OPS
 from backends.ring_ops import RING_OPS
+from backends.stream_ops import STREAM_OPS
 from simcore.ops import Op
 
 TORCH_DTYPES = {
@@ -510,6 +511,7 @@ TorchOp = Callable[..., Results]
 
 OPS: dict[str, TorchOp] = {
     **RING_OPS,
+    **STREAM_OPS,
     "matmul": _matmul,
     "bias": _bias,
     "sum_rows": _sum_rows,

@@ -83,14 +83,18 @@ def family(op: Op) -> str:
 
 
 def as_measured(op: Op) -> Op:
-    """Return the call whose measurement prices a tile of attention on a CPU.
+    """Return the call whose measurement prices a tile, or a chunk, of attention on a CPU.
 
     Measured calls are causal and square, and skip the half of the pairs that the mask hides.
     """
-    if "tiles" not in op.attrs:
+    if "first" in op.attrs and "causal" in op.attrs:
+        keys = op.dims["kv"] + op.attrs["first"]  # earlier keys are seen by every row
+        kind = op.kind.replace("_rows", "")
+    elif "tiles" in op.attrs:
+        keys = op.dims["kv"] * (1 if op.attrs["causal"] else 2)
+        kind = op.kind.replace("_block", "")
+    else:
         return op
-    keys = op.dims["kv"] * (1 if op.attrs["causal"] else 2)
-    kind = op.kind.replace("_block", "")
     return replace(op, kind=kind, dims={**op.dims, "kv": keys}, reads=op.reads[:1])
 
 
@@ -198,6 +202,8 @@ KERNELS: dict[str, Callable[[Op], tuple[str, Shape]]] = {
     "attention_backward": _attention_backward,
     "attention_block": _attention,
     "attention_block_backward": _attention_backward,
+    "attention_rows": _attention,
+    "attention_rows_backward": _attention_backward,
 }
 
 

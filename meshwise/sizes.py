@@ -77,7 +77,10 @@ def _sequences(case: Case) -> int:
 
 
 def _split(case: Case) -> int:
-    return case[1].cp * (case[1].tp if case[1].sequence_parallel else 1)
+    """Return what the tokens of a sequence are divided by: ranks that share them, and chunks."""
+    parallel = case[1]
+    chunks = math.lcm(parallel.stream_chunks, parallel.loss_chunks or 1)
+    return parallel.split.unit * (parallel.tp if parallel.sequence_parallel else 1) * chunks
 
 
 def _rows(case: Case) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from simcore.ops import Buffer, Op, Size
 from simcore.ring import merge_adjoint, regroup_adjoint
+from simcore.streaming import attention_rows_adjoint, put_rows_adjoint, take_rows_adjoint
 
 
 class Tape:
@@ -283,6 +284,9 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
     "add": _add,
     "attention": _attention,
     "attention_merge": merge_adjoint,
+    "attention_rows": attention_rows_adjoint,
+    "take_rows": take_rows_adjoint,
+    "put_rows": put_rows_adjoint,
     "regroup": regroup_adjoint,
     "all_to_all": _collective("all_to_all"),
     "softmax_loss": _softmax_loss,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from simcore.ops import Buffer, Op
 from simcore.program import PERSISTENT, Action, Key, Program
+from simcore.streaming import IN_PLACE
 
 Position = tuple[int, int]  # (index of call in body, index of op in block)
 Drops = Mapping[str, Mapping[Position, tuple[Key, ...]]]  # body -> position -> keys, microbatch 0
@@ -146,7 +147,7 @@ class _Heap:
                 continue
             key = program.key(name, layer, microbatch)
             source: int | None = None
-            if op.kind in SHARES_STORAGE:
+            if op.kind in SHARES_STORAGE or (op.kind in IN_PLACE and op.reads[0] == name):
                 source = self.owner.get(program.key(op.reads[0], layer, microbatch))
             self.bind(key, source)
 

@@ -40,6 +40,15 @@ from simcore.strategy import (
     microbatches,
     stage_layers,
 )
+from simcore.streaming import (
+    Chunk,
+    check_streaming,
+    layer_backward,
+    layer_chunks,
+    layer_forward,
+    loss_backward,
+    loss_chunks,
+)
 from simcore.workloads import Generation, TrainStep
 
 UNITS = ("embed", "layer", LAYER, "head")
@@ -100,6 +109,7 @@ class _Lowering:
     split: bool = False  # whether some backward comes as input and weight gradients
     buffers: dict[str, Buffer] = field(default_factory=dict)
     blocks: dict[str, tuple[Op, ...]] = field(default_factory=dict)
+    chunks: dict[str, list[Chunk]] = field(default_factory=dict)  # of units that are streamed
 
     def sharding(self, unit: str) -> Sharding:
         """Return how a unit's weights are split."""
@@ -275,12 +285,23 @@ def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: 
     buffers["positions"] = Buffer((rows.tokens,), "int64", "data", layered=False)
     low.add("embed.F", embed_block(model, tp, rows, buffers))
     experts = [is_moe_layer(model, layer) for layer in range(model.layers)]
-    if not all(experts):
+    streamed = low.parallel.stream_chunks
+    if streamed > 1:
+        chunk = layer_block(model, tp, replace(rows, new=rows.new // streamed), buffers)
+        low.chunks["layer"] = layer_chunks(chunk, buffers, rows.batch, streamed)
+        low.add("layer.F", layer_forward(low.chunks["layer"]))
+    elif not all(experts):
         low.add("layer.F", layer_block(model, tp, rows, buffers))
     if any(experts):
         grid = ExpertGrid.of(low.parallel)
         low.add(f"{LAYER}.F", moe_block(model, tp, rows, buffers, grid))
-    low.add("head.F", head_block(model, tp, rows, buffers, loss_scale))
+    count = low.parallel.loss_chunks or streamed
+    if count > 1 and not rows.keep_cache:
+        chunk = head_block(model, tp, Rows(1, rows.tokens // count), buffers, loss_scale)
+        runs = tp.degree if tp.shards_tokens else 1
+        low.chunks["head"] = loss_chunks(chunk, buffers, count, runs)
+    else:
+        low.add("head.F", head_block(model, tp, rows, buffers, loss_scale))
     for unit in UNITS:
         for part in PARTS.get(unit, (unit,)):
             low.flatten(part)
@@ -288,7 +309,10 @@ def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: 
 
 def _backward_blocks(low: _Lowering) -> None:
     outputs = {"embed": ("h",), "layer": ("h+",), LAYER: ("h+",), "head": ()}
-    for unit in (unit for unit in UNITS if f"{unit}.F" in low.blocks):
+    streamed = {"layer": layer_backward, "head": loss_backward}
+    for unit, chunks in low.chunks.items():
+        low.add(f"{unit}.B", streamed[unit](chunks, low.buffers, backward))
+    for unit in (u for u in UNITS if f"{u}.F" in low.blocks and u not in low.chunks):
         tape: Tape = backward(low.blocks[f"{unit}.F"], low.buffers, outputs[unit])
         low.add(f"{unit}.B", tape.joined())
         low.add(f"{unit}.I", tape.input_ops)
@@ -364,7 +388,7 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         return found
 
     reverse = units[::-1]
-    gathers = [present(u, "unshard") for u in units]
+    gathers = [present(u, "unshard") if present(u, "F") else [] for u in units]
     regathers = [first(u, "unshard") for u in reverse]
     split: dict[str, tuple[Call, ...]] = {}
     if low.split:
@@ -430,6 +454,8 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         _check_tied(parallel, orders, placement)
     check_split(model, parallel, workload.seq_len)
     check_recompute(parallel, stage_layers(model, parallel))
+    length = workload.seq_len // parallel.cp
+    check_streaming(model, parallel, length, split_backward=is_split(orders))
     rows = Rows(parallel.microbatch, workload.seq_len // parallel.cp, split=parallel.split)
     tp = TensorParallel(parallel.tp, parallel.sequence_parallel)
     if tp.shards_tokens and rows.tokens % parallel.tp:

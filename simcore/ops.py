@@ -8,7 +8,7 @@ numbers, or numpy arrays when one lowering prices a whole lattice of candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simcore.dtypes import dtype_bytes
@@ -171,6 +171,12 @@ def _attention_backward(op: Op) -> Work:
     )
 
 
+def _attention_rows_backward(op: Op) -> Work:
+    """As above; the gradients of keys and values are added to those of other rows."""
+    done, (_, keys_values) = _attention_backward(op), _attention_io(op)
+    return replace(done, read_bytes=done.read_bytes + keys_values)
+
+
 def _cache_append(op: Op) -> Work:
     moved = op.dims["t"] * op.dims["n"]
     return Work(
@@ -286,6 +292,10 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "attention_backward": _attention_backward,
     "attention_block": _attention,
     "attention_block_backward": _attention_backward,
+    "attention_rows": _attention,
+    "attention_rows_backward": _attention_rows_backward,
+    "take_rows": _elementwise(1, 1, 0),
+    "put_rows": _elementwise(1, 1, 0),
     "attention_merge": _elementwise(2, 1, 3),
     "take_columns": _elementwise(1, 1, 0),
     "join_columns": _elementwise(1, 1, 0),

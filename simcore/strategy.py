@@ -39,6 +39,8 @@ class ParallelStrategy:
     recompute: str = "none"  # or another of `simcore.recompute.POLICIES`
     recompute_modules: tuple[str, ...] = ()  # selective: what is computed again; (): attention
     recompute_layers: tuple[int, ...] = ()  # of every stage, or of each; (): all
+    stream_chunks: int = 1  # chunks of a sequence that layers go through: `simcore.streaming`
+    loss_chunks: int = 0  # chunks of rows that the loss goes through; 0: stream_chunks
     cp_kind: str = "ring"  # or token_ring (queries travel), ulysses, usp: ring and ulysses
     cp_layout: str = "zigzag"  # which rows a place on the ring holds
     cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses

@@ -139,6 +139,17 @@ RECOMPUTING = [  # some modules, some layers
         recompute_layers=(1, 0, 0, 1),
     ),
 ]
+STREAMED = [  # layers and losses in chunks of the sequence
+    case("streamed", stream_chunks=4),
+    case("streamed-gpt2", GPT2, stream_chunks=2, loss_chunks=8, microbatch=2),
+    case("streamed-gemma3", GEMMA3, stream_chunks=2, microbatch=2),
+    case("streamed-parallel-block", FALCON, stream_chunks=2),
+    case("streamed-zero3", dp_shard=2, stream_chunks=2),
+    case("streamed-tp", tp=2, stream_chunks=4, microbatch=2),
+    case("streamed-tied-pp", TIED, pp=2, stream_chunks=2),
+    case("loss-chunks-tp-sp", TIED, tp=2, sequence_parallel=True, loss_chunks=4, microbatch=2),
+    case("loss-chunks-moe-ring", MIXTRAL, cp=2, loss_chunks=2),
+]
 PIPELINES = [  # several stages on a rank, split backwards, two directions
     looped("interleaved", pp=2, schedule="interleaved"),
     looped("interleaved-4", DEEPER, 4, pp=2, schedule="interleaved", recompute="full"),
@@ -253,6 +264,7 @@ CASES = [
     case("zero3-pp", dp_shard=2, pp=2),
     *PIPELINES,
     *RECOMPUTING,
+    *STREAMED,
     # mixtures of experts
     case("moe", MIXTRAL, microbatch=2),
     case("moe-capacity", MIXTRAL, capacity_factor=1.0),

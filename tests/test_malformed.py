@@ -170,6 +170,7 @@ VALUES: list[Case] = [
         train(parallel={"recompute": "selective", "recompute_modules": ["norm"]}),
         ("recompute_modules", "'norms'"),
     ),
+    ("chunks", train(parallel={"stream_chunks": 7}), ("stream_chunks", "does not divide")),
     ("layers of none", train(parallel={"recompute_layers": 2}), ("recompute_layers", "'full'")),
     (
         "more layers than a stage",

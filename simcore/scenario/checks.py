@@ -39,6 +39,7 @@ from simcore.strategy import (
     microbatches,
     stage_layers,
 )
+from simcore.streaming import check_streaming
 from simcore.workloads import TrainStep
 
 
@@ -251,3 +252,4 @@ def check_scenario(scenario: Scenario) -> None:
     if isinstance(work, TrainStep):
         microbatches(parallel, work)
         check_split(spec, parallel, work.seq_len)
+        check_streaming(spec, parallel, work.seq_len // parallel.cp)

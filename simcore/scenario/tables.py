@@ -147,6 +147,19 @@ class ParallelTable(Table):
         unit="layers",
     )
 
+    stream_chunks: Degree = key_of(
+        "Chunks of a sequence that forward and backward of every layer go through one by one, "
+        "layers keeping their input alone.",
+        1,
+        unit="chunks",
+    )
+    loss_chunks: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
+        "Chunks of a microbatch's rows that the head and its backward go through one by one; 0: "
+        "stream_chunks.",
+        0,
+        unit="chunks",
+    )
+
     @model_validator(mode="after")
     def _check_auto(self) -> Self:
         given = sorted(self.model_fields_set - {"strategy", "microbatch"})
