@@ -354,5 +354,5 @@ class Interpreter:
         if op.kind == "all_reduce":
             return self.transport.all_reduce(target, op.group)
         call = getattr(self.transport, op.kind)
-        how = {"distance": op.attrs["distance"]} if "distance" in op.attrs else {}
+        how = {name: op.attrs[name] for name in ("distance", "senders") if name in op.attrs}
         return call(target, reads[0].contiguous(), op.group, **how)  # type: ignore[no-any-return]

@@ -18,8 +18,13 @@ Outs = Sequence[Tensor | None]
 class Place(Protocol):
     """What these ops ask about their rank."""
 
-    index: Callable[[str], int]
-    fused: bool
+    @property
+    def index(self) -> Callable[[str], int]:
+        """Gives its place in a group."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether it runs torch's fused attention."""
 
 
 def _heads(x: Tensor, batch: int, d: int) -> Tensor:
@@ -45,6 +50,19 @@ def _operands(
     return slice(q0, q1), slice(k0, k1), masked, q, k, v
 
 
+def takes_part(ctx: Place, op: Op) -> bool:
+    """Return whether the second part of a sum counts on this rank."""
+    return "places" not in op.attrs or bool(op.attrs["places"][ctx.index(op.attrs["axis"])])
+
+
+def _own(ctx: Place, op: Op, reads: Results) -> Results:
+    """Return the operands that this rank works on: the second half of them where it helps."""
+    if "helps" not in op.attrs:
+        return reads
+    half = len(reads) // 2
+    return reads[half:] if op.attrs["helps"][ctx.index(op.attrs["axis"])] else reads[:half]
+
+
 def _scores(q: Tensor, k: Tensor, masked: bool) -> Tensor:
     scores = torch.matmul(q, k.transpose(-1, -2)) * float(q.shape[-1] ** -0.5)
     if masked:
@@ -55,7 +73,7 @@ def _scores(q: Tensor, k: Tensor, masked: bool) -> Tensor:
 
 def _block(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
     """Return the output and the lse of all rows: zero and -inf where the tile has none."""
-    qkv, block = reads
+    qkv, block = _own(ctx, op, reads)
     rows, _, masked, q, k, v = _operands(ctx, op, qkv, block)
     batch, heads, d = op.dims["b"], op.dims["h"], op.dims["d"]
     out = qkv.new_zeros(qkv.shape[0], heads * d)
@@ -78,7 +96,7 @@ def _block(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
 
 def _block_backward(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
     """Return the gradients of the queries and of the block, from the merged output and lse."""
-    dy, qkv, block, y, lse = reads
+    dy, qkv, block, y, lse = _own(ctx, op, reads)
     rows, keys, masked, q, k, v = _operands(ctx, op, qkv, block)
     batch, d = op.dims["b"], op.dims["d"]
     dq, dkv = torch.zeros_like(dy), torch.zeros_like(block)
@@ -112,6 +130,8 @@ def _block_backward(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
 def _merge(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
     """Return the output and lse over the keys of both parts."""
     left, left_lse, right, right_lse = reads
+    if not takes_part(ctx, op):
+        return (left.clone(), left_lse.clone())
     lse = torch.logaddexp(left_lse, right_lse)
     batch, heads, rows = lse.shape
     shape = batch, rows, heads, -1

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.moe_ops import MOE_OPS
-from backends.ring_ops import RING_OPS
+from backends.ring_ops import RING_OPS, takes_part
 from backends.stream_ops import STREAM_OPS
 from simcore.ops import Op
 
@@ -278,6 +278,8 @@ def _relu_backward(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
 
 
 def _add(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
+    if not takes_part(ctx, op):
+        return (reads[0].clone(),)
     if outs[0] is not None:
         return (torch.add(reads[0], reads[1], out=outs[0]),)
     return (reads[0] + reads[1],)

@@ -123,8 +123,8 @@ class Distributed:
                 dist.destroy_process_group(group)
         self.made.clear()
 
-    def _record(self, kind: str, group: str, tensor: Tensor) -> None:
-        self.recorded[kind, group] += tensor.numel() * tensor.element_size()
+    def _record(self, kind: str, group: str, tensor: Tensor, *, sends: bool = True) -> None:
+        self.recorded[kind, group] += tensor.numel() * tensor.element_size() * sends
 
     def all_reduce(self, tensor: Tensor, group: str) -> Handle:
         """Sum ``tensor`` in place."""
@@ -148,14 +148,28 @@ class Distributed:
             dist.all_to_all_single(out, tensor, group=self.groups[group], async_op=True)
         )
 
-    def ring_shift(self, out: Tensor, tensor: Tensor, group: str, distance: int = 1) -> Handle:
-        """Send ``tensor`` ``distance`` places on round the group; fill ``out`` from as far back."""
-        self._record("ring_shift", group, tensor)
+    def ring_shift(
+        self,
+        out: Tensor,
+        tensor: Tensor,
+        group: str,
+        distance: int = 1,
+        senders: Sequence[bool] = (),
+    ) -> Handle:
+        """Send ``tensor`` ``distance`` places on round the group; fill ``out`` from as far back.
+
+        ``senders``: which places send; empty: all.
+        """
         ranks, where = group_ranks(self.mesh, group, self.rank), self.groups[group]
         here = ranks.index(self.rank)
-        following, previous = (ranks[(here + d) % len(ranks)] for d in (distance, -distance))
-        sent = dist.P2POp(dist.isend, tensor, following, where)
-        return Several(dist.batch_isend_irecv([sent, dist.P2POp(dist.irecv, out, previous, where)]))
+        following, previous = ((here + d) % len(ranks) for d in (distance, -distance))
+        messages, sends = [], not senders or senders[here]
+        self._record("ring_shift", group, tensor, sends=sends)
+        if sends:
+            messages.append(dist.P2POp(dist.isend, tensor, ranks[following], where))
+        if not senders or senders[previous]:
+            messages.append(dist.P2POp(dist.irecv, out, ranks[previous], where))
+        return Several(dist.batch_isend_irecv(messages) if messages else ())
 
     def _peer(self, group: str, step: int) -> int:
         ranks = group_ranks(self.mesh, group, self.rank)
@@ -184,8 +198,8 @@ class Local:
     def close(self) -> None:
         """Do nothing."""
 
-    def _record(self, kind: str, group: str, tensor: Tensor) -> None:
-        self.recorded[kind, group] += tensor.numel() * tensor.element_size()
+    def _record(self, kind: str, group: str, tensor: Tensor, *, sends: bool = True) -> None:
+        self.recorded[kind, group] += tensor.numel() * tensor.element_size() * sends
 
     def all_reduce(self, tensor: Tensor, group: str) -> Handle:
         """Read and write the tensor once."""
@@ -213,9 +227,17 @@ class Local:
         out.copy_(tensor)
         return Done()
 
-    def ring_shift(self, out: Tensor, tensor: Tensor, group: str, distance: int = 1) -> Handle:
+    def ring_shift(
+        self,
+        out: Tensor,
+        tensor: Tensor,
+        group: str,
+        distance: int = 1,
+        senders: Sequence[bool] = (),
+    ) -> Handle:
         """Copy the tensor."""
-        self._record("ring_shift", group, tensor)
+        here = group_ranks(self.mesh, group, self.rank).index(self.rank)
+        self._record("ring_shift", group, tensor, sends=not senders or senders[here])
         out.copy_(tensor)
         return Done()
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
+from simcore.lightseq import balanced, balanced_adjoint
 from simcore.ops import Buffer, Op
 from simcore.sequence import SequenceSplit, Tile, busiest, tiles
 from simcore.token_ring import query_ring, query_ring_adjoint
@@ -240,10 +241,12 @@ _WAYS: dict[str, Callable[[Builder, Ring, str], str]] = {
     "": _alone,
     "keys": _ring,
     "queries": query_ring,
+    "both": balanced,
 }
 _BACK: dict[str, Callable[[Op, Ring, Tape], None]] = {
     "keys": _ring_adjoint,
     "queries": query_ring_adjoint,
+    "both": balanced_adjoint,
 }
 
 

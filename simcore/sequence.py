@@ -32,7 +32,7 @@ class SequenceSplit:
     ring: int = 1
     ulysses: int = 1
     layout: str = "zigzag"
-    travels: str = "keys"  # what goes round the ring: keys and values, or queries
+    travels: str = "keys"  # keys and values, queries, or both (idle places help: `lightseq`)
     window: int = 0  # double ring: places of an inner ring; 0: one ring
 
     @property
@@ -149,6 +149,10 @@ def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Til
     """
     if not causal:
         return ((0, rows, 0, rows, False),) * split.ring
+    if split.travels == "both" and step:
+        whole: Tile = (0, rows, 0, rows, False)
+        busy = zip(range(split.ring), helpers(split.ring, step), strict=True)
+        return tuple(whole if place >= step or helps else NO_TILE for place, helps in busy)
     if step == 0:
         return ((0, rows, 0, rows, True),) * split.ring
     tile = LAYOUTS[split.layout][1]
@@ -156,6 +160,11 @@ def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Til
     if split.travels == "queries":
         pairs = [(source, place) for place, source in pairs]
     return tuple(tile(rows, place, source) for place, source in pairs)
+
+
+def helpers(places: int, step: int) -> tuple[bool, ...]:
+    """Return which of ``places`` work for later ones in a step of balanced attention."""
+    return tuple(place < step and 2 * step != places for place in range(places))
 
 
 def visible(tile: Tile) -> float:
@@ -197,6 +206,10 @@ def with_tile(op: Op, tile: Tile) -> Op:
 
 def on_rank(program: Program, op: Op, rank: int) -> Op:
     """Return ``op`` as ``rank`` runs it: its dims are those of the rank with most to do."""
+    if "senders" in op.attrs:
+        group = group_ranks(program.mesh, op.group, rank)
+        sends = op.attrs["senders"][group.index(rank)]
+        return op if sends else replace(op, dims={"n": 0})
     if "tiles" not in op.attrs:
         return op
     group = group_ranks(program.mesh, op.attrs["axis"], rank)
@@ -232,16 +245,6 @@ def ring_backward_bytes(split: SequenceSplit, tokens: float, kv_width: float, si
     if split.ring == 1:
         return 0.0
     return (2 * split.ring - 1) * tokens / split.degree * 2 * kv_width * size
-
-
-def lightseq_bytes(tokens: float, kv_width: float, size: float, ring: int) -> tuple[float, float]:
-    """Return the mean bytes that a rank fetches in forward, and sends and fetches in backward.
-
-    LightSeq (Li et al. 2023) fetches only the keys and values of earlier contiguous places, on
-    average those of (ring - 1) / 2; backward fetches them again and sends their gradients.
-    """
-    forward = (ring - 1) / 2 * tokens / ring * 2 * kv_width * size
-    return forward, 2 * forward
 
 
 def ulysses_bytes(

@@ -41,7 +41,7 @@ class ParallelStrategy:
     recompute_layers: tuple[int, ...] = ()  # of every stage, or of each; (): all
     stream_chunks: int = 1  # chunks of a sequence that layers go through: `simcore.streaming`
     loss_chunks: int = 0  # chunks of rows that the loss goes through; 0: stream_chunks
-    cp_kind: str = "ring"  # or token_ring (queries travel), ulysses, usp: ring and ulysses
+    cp_kind: str = "ring"  # or another of `CP_KINDS`
     cp_layout: str = "zigzag"  # which rows a place on the ring holds
     cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses
     cp_ulysses: int = 1
@@ -51,8 +51,9 @@ class ParallelStrategy:
     def split(self) -> SequenceSplit:
         """How a sequence is split over the cp ranks."""
         ring = {"ulysses": 1, "usp": self.cp_ring}.get(self.cp_kind, self.cp)
-        travels = "queries" if self.cp_kind == "token_ring" else "keys"
-        return SequenceSplit(ring, self.cp // ring, self.cp_layout, travels, self.cp_window)
+        travels = {"token_ring": "queries", "lightseq": "both"}.get(self.cp_kind, "keys")
+        layout = "contiguous" if travels == "both" else self.cp_layout
+        return SequenceSplit(ring, self.cp // ring, layout, travels, self.cp_window)
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -179,7 +180,8 @@ def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> 
     stage_layers(model, parallel)
 
 
-CP_KINDS = ("ring", "token_ring", "ulysses", "usp")
+# Keys travel, queries do, either does, rows are traded for heads; usp: ring and ulysses.
+CP_KINDS = ("ring", "token_ring", "lightseq", "ulysses", "usp")
 
 
 def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) -> None:
@@ -193,6 +195,11 @@ def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) 
         raise InputError(
             f"[parallel].cp {parallel.cp} is not cp_ring {ring} x cp_ulysses {ulysses}: make them "
             "agree."
+        )
+    if parallel.cp_kind == "lightseq" and not model.causal:
+        raise InputError(
+            f"[parallel].cp_kind = 'lightseq' balances a causal mask, which model {model.name!r} "
+            "has not: choose 'ring'."
         )
     split = parallel.split
     fits = ring in (1, split.ring) and ulysses in (1, split.ulysses)

@@ -223,6 +223,7 @@ CASES = [
     case("gpt2-ring", GPT2, cp=2, microbatch=2),
     case("gemma3-ring-striped", GEMMA3, cp=2, cp_layout="striped"),
     case("token-ring", cp=2, cp_kind="token_ring", microbatch=2),
+    case("lightseq", cp=2, cp_kind="lightseq", microbatch=2),
     case("ulysses", cp=2, cp_kind="ulysses"),
     case(
         "gpt2-ulysses",
@@ -242,6 +243,8 @@ CASES = [
     case("double-ring-gpt2", GPT2, cp=4, cp_window=2, cp_layout="contiguous", zero_stage=3),
     case("token-ring-of-four", cp=4, cp_kind="token_ring"),
     case("token-ring-of-four-gpt2", GPT2, cp=4, cp_kind="token_ring", cp_layout="contiguous"),
+    case("lightseq-of-four", cp=4, cp_kind="lightseq", recompute="keep_attention"),
+    case("lightseq-of-four-gpt2", GPT2, cp=4, cp_kind="lightseq", zero_stage=3, microbatch=2),
     case("usp", cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2),
     case("usp-gpt2", GPT2, cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2, zero_stage=3),
     case("ring-dp", cp=2, dp_replicate=2, cp_layout="contiguous"),
@@ -468,7 +471,7 @@ def test_collectives_move_what_the_program_says(ran: tuple[Case, RunResult, RunR
     found, _, counted = ran
     program = found.program
     for rank in counted.ranks:
-        totals = step_totals(program, coordinates(program.mesh, rank.rank)["pp"])
+        totals = step_totals(program, coordinates(program.mesh, rank.rank)["pp"], rank.rank)
         assert rank.payload_bytes == dict(totals.payload_bytes)
 
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from machines import GPT2, LLAMA, Wires, cluster_cost
 
 from hwmodels.cost import ClusterCost
-from simcore.accounting import step_totals
+from simcore.accounting import block_totals, step_totals
 from simcore.engine import simulate
 from simcore.errors import InputError
 from simcore.estimate import estimate, lower_bound, serial_sum
+from simcore.lightseq import lightseq_bytes
 from simcore.lower import lower_pass, lower_training
 from simcore.metrics import executed_flops
 from simcore.models import ModelSpec
@@ -23,7 +24,9 @@ from simcore.ops import work
 from simcore.program import Program
 from simcore.sequence import (
     LAYOUTS,
+    NO_TILE,
     SequenceSplit,
+    helpers,
     positions,
     rank_positions,
     ring_backward_bytes,
@@ -43,6 +46,7 @@ STRATEGIES = {
     "token-ring": {"cp": 4, "cp_kind": "token_ring"},
     "token-ring-striped": {"cp": 4, "cp_kind": "token_ring", "cp_layout": "striped"},
     "double-ring": {"cp": 4, "cp_window": 2},
+    "lightseq": {"cp": 4, "cp_kind": "lightseq"},
     "ulysses": {"cp": 2, "cp_kind": "ulysses"},
     "usp": {"cp": 4, "cp_kind": "usp", "cp_ring": 2, "cp_ulysses": 2},
     "ring-tp-pp": {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True},
@@ -100,6 +104,50 @@ def test_tiles_are_what_the_mask_leaves(split: SequenceSplit, times: int, causal
             assert visible(found[place]) == needed.sum()
 
 
+@given(st.integers(2, 9))
+def test_idle_places_do_what_is_left_of_a_causal_mask(places: int) -> None:
+    """Every pair of a place and an earlier one is done once, in half as many steps as in a ring."""
+    split = SequenceSplit(places, layout="contiguous", travels="both")
+    done = Counter[tuple[int, int]]()
+    for step in range(places // 2 + 1):
+        helping = helpers(places, step)
+        for place, tile in enumerate(tiles(split, 4, step, True)):
+            if tile != NO_TILE:
+                distance = places - step if helping[place] else -step
+                queries, keys = (place + distance, place) if helping[place] else (
+                    place, place + distance
+                )  # fmt: skip
+                done[queries, keys] += 1
+                assert visible(tile) == (10 if not step else 16)
+    assert done == {(i, j): 1 for i in range(places) for j in range(i + 1)}
+
+
+@pytest.mark.parametrize(("ranks", "kv_heads"), [(2, 1), (4, 4), (5, 2), (8, 1)])
+def test_balanced_attention_moves_its_closed_form(ranks: int, kv_heads: int) -> None:
+    model = replace(LLAMA, kv_heads=kv_heads)
+    length = SEQ // ranks * ranks
+    program = lowered(length, model, cp=ranks, cp_kind="lightseq")
+    widths = model.heads * model.head_dim, kv_heads * model.head_dim
+    wanted = lightseq_bytes(SequenceSplit(ranks), length, widths, model.heads, 2)
+    for block, expected in zip(("layer.F", "layer.B"), wanted, strict=True):
+        sent = [block_totals(program, rank)[block].payload_bytes for rank in range(ranks)]
+        mean = sum(found["ring_shift", "cp"] for found in sent) / ranks
+        assert mean == pytest.approx(expected, rel=1e-12)
+
+
+def test_balanced_attention_is_quicker_than_a_contiguous_ring() -> None:
+    """Its n / 2 + 1 steps take as long as n of a ring would on the last place, nearly halved."""
+    times = {}
+    for kind in ("ring", "lightseq"):
+        program = lowered(FAR, cp=8, cp_kind=kind, cp_layout="contiguous")
+        cost = cluster_cost(program, bandwidth=100.0, per_node=8)
+        line = simulate(program, cost, cost, every_rank=True)
+        spans = [s for s in line.spans if s.rank == 7 and "attention_block" in s.name]
+        times[kind] = line.step_s, sum(s.end_s - s.start_s for s in spans)
+    assert times["lightseq"][0] < times["ring"][0]
+    assert times["lightseq"][1] / times["ring"][1] == pytest.approx(4.5 / 7.5, rel=0.02)
+
+
 @given(SPLITS, st.integers(1, 3))
 def test_pairs_add_up_and_zigzag_is_even(split: SequenceSplit, times: int) -> None:
     length = times * split.unit
@@ -145,7 +193,7 @@ def test_ranks_products_add_up(name: str) -> None:
     if "contiguous" in name:
         assert each == sorted(each)
         assert each[0] < each[-1]
-    elif "striped" not in name and stages == 1:
+    elif stages == 1 and "striped" not in name and name != "lightseq":  # half rest at its end
         assert len(set(each)) == 1
 
 
@@ -305,6 +353,7 @@ def test_blocks_arrive_while_others_are_attended_to() -> None:
         (SEQ, {"cp": 4, "cp_kind": "usp", "cp_ring": 2}, ("cp_ring 2 x cp_ulysses 1",)),
         (SEQ, {"cp": 4, "cp_ring": 2}, ("cp_kind", "usp")),
         (SEQ, {"cp": 4, "cp_window": 3}, ("cp_window 3", "divides")),
+        (SEQ, {"cp": 2, "cp_kind": "lightsec"}, ("cp_kind", "'lightseq'")),
         (SEQ, {"cp": 2, "cp_kind": "rings"}, ("cp_kind", "'ring'")),
         (SEQ, {"cp": 2, "cp_layout": "zigzags"}, ("cp_layout", "'zigzag'")),
     ],
@@ -315,6 +364,11 @@ def test_splits_that_do_not_fit_are_refused(
     with pytest.raises(InputError) as caught:
         lowered(length, **parallel)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_balancing_needs_a_causal_mask() -> None:
+    with pytest.raises(InputError, match="choose 'ring'"):
+        lowered(model=replace(LLAMA, causal=False), cp=2, cp_kind="lightseq")
 
 
 def test_generation_does_not_split_sequences() -> None:
