@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends.codec_ops import CODEC_OPS
 from backends.moe_ops import MOE_OPS
 from backends.ring_ops import RING_OPS, takes_part
 from backends.stream_ops import STREAM_OPS
@@ -27,6 +28,7 @@ TORCH_DTYPES = {
     "fp16": torch.float16,
     "int64": torch.int64,
     "int32": torch.int32,
+    "uint8": torch.uint8,
     "bool": torch.bool,
 }
 Results = Sequence[Tensor]
@@ -49,6 +51,10 @@ class Context:
     rows: int = 0  # longest sequence so far, cached rows included
     step: int = 1
     dtype: torch.dtype | None = None  # overrides every float dtype
+
+    def float_dtype(self, name: str) -> torch.dtype:
+        """Return in what a float format of that name is kept in this run."""
+        return self.dtype or TORCH_DTYPES[name]
 
 
 def _matmul(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
@@ -504,7 +510,7 @@ def _adam(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
 def _fill(ctx: Context, op: Op, reads: Results, outs: Outs) -> Results:
     out = outs[0]
     if out is None:
-        dtype = ctx.dtype or TORCH_DTYPES[op.dtype]
+        dtype = ctx.float_dtype(op.dtype)
         return (torch.zeros(int(op.dims["n"]), dtype=dtype, device=ctx.device),)
     return (out.zero_(),)
 
@@ -545,4 +551,5 @@ OPS: dict[str, TorchOp] = {
     "adam": _adam,
     "fill": _fill,
     **MOE_OPS,
+    **CODEC_OPS,
 }

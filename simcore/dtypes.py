@@ -15,6 +15,7 @@ DTYPE_BYTES: dict[str, float] = {
     "fp8": 1.0,
     "fp8_block": 1.0 + 4 / 128**2,  # one fp32 scale per 128 x 128 weights (DeepSeek-V3, 2024)
     "int8": 1.0,
+    "uint8": 1.0,
     "int4": 0.5,
     "nvfp4": 0.5 + 1 / 16,
     "mxfp4": 0.5 + 1 / 32,

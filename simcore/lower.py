@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 import numpy as np
 
 from simcore.adjoints import Tape, backward
+from simcore.codecs import CodedSum, check_codecs, coded_boundary, coded_bytes, coded_sum
 from simcore.dtypes import DTYPE_BYTES
 from simcore.errors import InputError, unknown
 from simcore.models import ModelSpec, is_moe_layer
@@ -206,30 +207,45 @@ class _Lowering:
             self.sharding(unit).axis,
         )
         clear = Op("fill", {"n": n}, self.grads_dtype, (), (f"{unit}.g",))
+        coded = self._coded(unit)
         return {
             "unshard": [gather] if stage == 3 else [],
             "clear": [clear] if stage >= 2 else [],
-            "reduce": self._reduction(unit, n),
-            "settle": self._settlement(unit),
-            "step": [*self._optimizer(unit), *([gather] if stage in (1, 2) else ())],
+            "reduce": [*self._partial_sums(unit), *(coded.reduce or self._sums(unit, n))],
+            "settle": [*coded.settle, *self._settlement(unit)],
+            "step": [
+                *coded.step,
+                *self._optimizer(unit),
+                *([gather] if stage in (1, 2) else ()),
+            ],
         }
 
-    def _reduction(self, unit: str, n: Size) -> list[Op]:
+    def _coded(self, unit: str) -> CodedSum:
+        """Return the coded sum of a unit's gradients over data ranks; no ops where it is plain."""
+        shards, codec = self.sharding(unit), self.parallel.grad_codec
+        if codec == "none" or not (shards.axis or shards.replicas):
+            return CodedSum()
+        part = ("", f"{unit}.gs", f"{unit}.gt", f"{unit}.gt")[shards.stage]
+        every, shared = (shards.replicas, shards.replica_degree), (shards.axis, shards.degree)
+        return coded_sum(
+            self.buffers,
+            unit,
+            part,
+            shared if part else every,
+            codec,
+            feedback=self.parallel.error_feedback,
+        )
+
+    def _partial_sums(self, unit: str) -> list[Op]:
+        """Sum gradients of which every tensor rank has a part."""
+        rep, dtype = f"{unit}.g.rep", self.grads_dtype
+        n = self.buffers[rep].elements
+        return [Op("all_reduce", {"n": n}, dtype, (rep,), (rep,), "tp", "tp")] if n else []
+
+    def _sums(self, unit: str, n: Size) -> list[Op]:
+        """Sum gradients over data ranks."""
         shards, dtype = self.sharding(unit), self.grads_dtype
         ops: list[Op] = []
-        rep = f"{unit}.g.rep"
-        if self.buffers[rep].elements:
-            ops.append(
-                Op(
-                    "all_reduce",
-                    {"n": self.buffers[rep].elements},
-                    dtype,
-                    (rep,),
-                    (rep,),
-                    "tp",
-                    "tp",
-                )
-            )
         whole = f"{unit}.g"
         if shards.stage:
             part = f"{unit}.gs" if shards.stage == 1 else f"{unit}.gt"
@@ -384,7 +400,8 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         have had time to arrive."""
         found = [back(unit, last) for unit in reverse]
         for index, unit in enumerate(reverse):
-            found[min(index + 1, len(found) - 1)] += present(unit, "settle")
+            later = present(unit, "settle") if always or last else []
+            found[min(index + 1, len(found) - 1)] += later
         return found
 
     reverse = units[::-1]
@@ -396,7 +413,9 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
             f"{stage}I": tuple(c for u in reverse for c in (*again(u), *present(u, "I"))),
             f"{stage}W": tuple(c for u in reverse for c in present(u, "W")),
             f"{stage}WR": tuple(
-                c for u in reverse for c in (*present(u, "W"), *present(u, "reduce"))
+                c
+                for u in reverse
+                for c in (*present(u, "W"), *present(u, "reduce"), *present(u, "settle"))
             ),
         }
     return split | {
@@ -413,11 +432,12 @@ def _message(low: _Lowering, kind: str, peer: int, elements: Size) -> str:
     forward = channel == "f"
     usual = 1 if forward == (call == "send") else -1
     name = kind.lower() if peer == usual else f"{kind.lower()}{peer:+d}"
-    buffer = ("h",) if forward else ("d.h",)
+    buffer, dtype = ("h",) if forward else ("d.h",), low.model.compute_dtype
+    if low.parallel.act_codec != "none":
+        buffer, elements, dtype = (f"{buffer[0]}.code",), coded_bytes(elements), "uint8"
     reads, writes = (buffer, ()) if call == "send" else ((), buffer)
     attrs = {"peer": peer, "channel": channel.upper()}
-    dims, dtype = {"n": elements}, low.model.compute_dtype
-    low.blocks[name] = (Op(call, dims, dtype, reads, writes, name, "pp", attrs),)
+    low.blocks[name] = (Op(call, {"n": elements}, dtype, reads, writes, name, "pp", attrs),)
     return name
 
 
@@ -454,6 +474,9 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         _check_tied(parallel, orders, placement)
     check_split(model, parallel, workload.seq_len)
     check_recompute(parallel, stage_layers(model, parallel))
+    shards = Sharding.of(parallel)
+    summed = schedule.copies > 1 or (model.tied_embeddings and parallel.pp > 1)
+    check_codecs(parallel, replicas=bool(shards.stage and shards.replicas), summed=summed)
     length = workload.seq_len // parallel.cp
     check_streaming(model, parallel, length, split_backward=is_split(orders))
     rows = Rows(parallel.microbatch, workload.seq_len // parallel.cp, split=parallel.split)
@@ -558,11 +581,29 @@ def _pipeline_bodies(
             step = placement.step(stage, other)
             for kind in kinds if step else ():
                 bodies[f"{stage}{kind}"] = (Call(_message(low, kind, step, boundary), layer),)
+                if low.parallel.act_codec != "none":
+                    _code_boundary(low, bodies, stage, kind, layer)
     if low.model.tied_embeddings and last and "embed.step" in low.blocks:
         _tie(low, bodies, placement)
     if len(placement.stage_rank) > placement.chain:
         _sum_copies(low, bodies, placement)
     return bodies
+
+
+def _code_boundary(
+    low: _Lowering, bodies: dict[str, tuple[Call, ...]], stage: int, kind: str, layer: int
+) -> None:
+    """Pack what a message sends behind the actions that give it, or unpack what it brings."""
+    call, name = kind[:4], "h" if kind.endswith("F") else "d.h"
+    what = "pack" if call == "SEND" else "unpack"
+    low.blocks[f"{name}.{what}"] = (
+        coded_boundary(low.buffers, name, low.parallel.act_codec)[what],
+    )
+    more = (Call(f"{name}.{what}", layer),)
+    for action in ("F",) if name == "h" else ("B", "BR", "I"):
+        body = bodies.get(f"{stage}{action}")
+        if body is not None:
+            bodies[f"{stage}{action}"] = (*body, *more) if call == "SEND" else (*more, *body)
 
 
 def _sum_copies(low: _Lowering, bodies: dict[str, tuple[Call, ...]], placement: Placement) -> None:
@@ -642,6 +683,10 @@ def lower_pass(
         raise InputError(
             f"[parallel].virtual_stages = {parallel.virtual_stages} serves training alone: remove "
             "it to generate."
+        )
+    if parallel.act_codec != "none":
+        raise InputError(
+            "[parallel].act_codec serves training alone in this version: remove it to generate."
         )
     if parallel.cp > 1:
         raise InputError(

@@ -255,6 +255,27 @@ def _rows(tokens: float, rows: float, flops: float, *, back: bool) -> Callable[[
     return work
 
 
+def _encode(op: Op) -> Work:
+    """Read ``t`` pieces of ``n`` values, and what was lost before; write their ``coded`` bytes."""
+    values, times = op.dims["t"] * op.dims["n"], len(op.reads)
+    return Work(
+        vector_flops=(op.attrs["flops"] + 2 * (times - 1)) * values,
+        read_bytes=times * values * dtype_bytes(op.dtype),
+        write_bytes=op.dims["t"] * op.attrs["coded"] + (times - 1) * values * dtype_bytes(op.dtype),
+    )
+
+
+def _decode(op: Op) -> Work:
+    """Read ``t`` coded pieces; write their values, or with ``summed`` the sum of the pieces."""
+    values = op.dims["t"] * op.dims["n"]
+    written = op.dims["n"] if op.attrs["summed"] else values
+    return Work(
+        vector_flops=(2 if op.attrs["summed"] else 1) * values,
+        read_bytes=op.dims["t"] * op.attrs["coded"],
+        write_bytes=written * dtype_bytes(op.dtype),
+    )
+
+
 def _collective(op: Op) -> Work:
     return Work(payload_bytes=op.dims["n"] * dtype_bytes(op.dtype))
 
@@ -309,6 +330,8 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "combine_backward": _rows(1, 1, 3, back=False),
     "swap_blocks": _elementwise(1, 1, 0),
     "grouped_matmul": _grouped_matmul,
+    "encode": _encode,
+    "decode": _decode,
     "adam": _adam,
     "fill": _fill,
     "alias": lambda op: Work(),

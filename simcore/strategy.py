@@ -36,6 +36,9 @@ class ParallelStrategy:
     layers_per_stage: tuple[int, ...] = ()
     zero_stage: int | None = None  # None: 3 where dp_shard > 1, else 0
     sequence_parallel: bool = False
+    grad_codec: str = "none"  # how gradients are coded where data ranks sum them
+    error_feedback: bool = False
+    act_codec: str = "none"  # how activations and their gradients are coded between stages
     recompute: str = "none"  # or another of `simcore.recompute.POLICIES`
     recompute_modules: tuple[str, ...] = ()  # selective: what is computed again; (): attention
     recompute_layers: tuple[int, ...] = ()  # of every stage, or of each; (): all

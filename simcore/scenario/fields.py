@@ -75,6 +75,7 @@ RepeatedLayers = Annotated[
     Field(max_length=10**4),
 ]
 Module = Literal["attention", "norms", "activation", "gathers"]
+CodecName = Literal["none", "int8", "fp8", "dynamic8"]
 Mixer = Literal["mha", "gqa", "mqa", "mla", "sliding", "ssm"]
 
 

@@ -14,6 +14,7 @@ from simcore.models import ModelSpec
 from simcore.scenario.faults import FaultsTable
 from simcore.scenario.fields import (
     Capacity,
+    CodecName,
     Degree,
     Flag,
     Metric,
@@ -132,6 +133,13 @@ class ParallelTable(Table):
         None,
     )
     sequence_parallel: Flag = key_of("Whether norms shard the sequence over tp ranks.", False)
+    grad_codec: CodecName = key_of("8-bit code in which data ranks exchange gradients.", "none")
+    error_feedback: Flag = key_of(
+        "Whether what coding gradients loses is added to those of the next step.", False
+    )
+    act_codec: CodecName = key_of(
+        "8-bit code in which pipeline stages exchange activations and their gradients.", "none"
+    )
     recompute: Literal["none", "selective", "keep_attention", "full"] = key_of(
         "What backward computes again: nothing, some modules of a layer, all but the output of "
         "attention, or all of it.",
