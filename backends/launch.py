@@ -192,15 +192,18 @@ def run_many(jobs: Sequence[Job], progress: Callable[[int], None] | None = None)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_benchmarks(ranks: int, timeout_s: float = 600.0) -> list[dict[str, Any]]:
+def run_benchmarks(
+    ranks: int, timeout_s: float = 600.0, *, ops: bool = True
+) -> list[dict[str, Any]]:
     """Run the microbenchmarks on ``ranks`` ranks at once; return each one's record.
 
+    Without ``ops`` only those of communication.
     Raises `RunError` where a rank dies or the limit passes.
     """
     options = RunOptions(timeout_s=timeout_s)
     folder = Path(tempfile.mkdtemp(prefix="meshwise-bench-"))
     try:
-        job = {"bench": {}, "run": asdict(options)}
+        job = {"bench": {"ops": ops}, "run": asdict(options)}
         (folder / "jobs.json").write_text(json.dumps({"jobs": [job]}))
         _Launch(folder, ranks, [options]).run(lambda done: None)
         return [json.loads((folder / f"job0.rank{r}.json").read_text()) for r in range(ranks)]

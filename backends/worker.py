@@ -362,7 +362,8 @@ def measure(
     if "bench" in job:
         from backends import microbench
 
-        return {"fingerprint": fingerprint(run), **microbench.measure(rank.number, rank.world)}, {}
+        found = microbench.measure(rank.number, rank.world, **job["bench"])
+        return {"fingerprint": fingerprint(run), **found}, {}
     runner, transport = make_runner(job, run, rank)
     record: dict[str, Any] = {"rank": transport.rank, "fingerprint": fingerprint(run)}
     cuda = run["device"] == "cuda"

@@ -18,7 +18,7 @@ from hwmodels.collectives import (
 from hwmodels.curves import Choice, Curve, choose_curves
 from hwmodels.hardware import Cluster
 from hwmodels.hosts import NO_HOST, Host
-from hwmodels.kernels import KERNELS, as_measured, family, fitted, product_dtype, roofline
+from hwmodels.kernels import KERNELS, OTHERS, KernelFit, family, fitted, product_dtype, roofline
 from hwmodels.profile import Profile
 from hwmodels.topology import Topology, is_mesh, make_topology, max_min_rates, members_per_node
 from simcore.ops import Op, Size, work
@@ -52,6 +52,8 @@ class ClusterCost:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "topology", make_topology(self.cluster))
+        if self.profile is not None:
+            object.__setattr__(self, "profile", self.profile.among(self.cluster.world))
 
     @property
     def synchronous(self) -> bool:
@@ -91,9 +93,6 @@ class ClusterCost:
         payload = work(op).payload_bytes
         if "beside_bytes" in op.attrs and not is_mesh(self.cluster):
             payload = payload + op.attrs["beside_bytes"]  # both ways leave through one port
-        if op.kind == "ring_shift" and self.profile is not None:
-            latency_s, s_per_byte = self.profile.messages
-            return latency_s + s_per_byte * payload
         group = self.layout(op.group)
         return collective_seconds(called(op), payload, group, fit=fit, dtype=op.dtype)
 
@@ -101,10 +100,9 @@ class ClusterCost:
         if op.kind == "alias":
             return 0.0
         chip = self.cluster.chip
-        same = as_measured(op)
-        measured = self.profile.kernels.get(family(same)) if self.profile else None
+        measured = self.measured(op)
         if measured is not None:
-            return fitted(same, measured) * self._contention(same)
+            return fitted(op, measured[1]) * self._contention(op)
         if self.synchronous:
             return roofline(op, chip)
         name, shape = KERNELS[op.kind](op)
@@ -115,15 +113,19 @@ class ClusterCost:
         if op.is_communication:
             link = self.cluster.scale_up.name
             return "collectives", deviation(called(op), work(op).payload_bytes, link)
-        same = family(as_measured(op))
-        measured = self.profile.kernels.get(same) if self.profile else None
+        measured = self.measured(op)
         if measured is not None:
             # Of a normal variable, the median absolute value is 0.6745 standard deviations.
-            return same, measured.residual / 0.6745
+            return measured[0], measured[1].residual / 0.6745
         if self.synchronous or op.kind == "alias":
             return "datasheet", DATASHEET_DEVIATION
         name, shape = KERNELS[op.kind](op)
         return name, self.choice(name, product_dtype(op)).deviation(shape, self.cluster.chip)
+
+    def measured(self, op: Op) -> tuple[str, KernelFit] | None:
+        """Return the family and the fit that price a measured machine's op; None without one."""
+        kernels = self.profile.kernels if self.profile else {}
+        return next(((n, kernels[n]) for n in (family(op), OTHERS) if n in kernels), None)
 
     def choice(self, name: str, dtype: str) -> Choice:
         """Return the curves that price a kernel family in ``dtype``."""
@@ -133,9 +135,14 @@ class ClusterCost:
         return self.choices[name, dtype]
 
     def _contention(self, op: Op) -> float:
-        """Measured kernels had every rank busy; a rank alone has the memory to itself."""
-        if self.profile is None or self.cluster.world > 1:
+        """Measured kernels had every rank busy; a rank alone has the memory to itself.
+
+        Ranks beyond the cores take turns on them: this is the time where all compute at once.
+        """
+        if self.profile is None:
             return 1.0
+        if self.cluster.world > 1:
+            return max(1.0, self.cluster.world / (self.profile.cores or self.cluster.world))
         limit = "compute" if op.kind in ("matmul", "grouped_matmul", *ATTENTION_KINDS) else "memory"
         return self.profile.alone.get(limit, 1.0)
 

@@ -8,7 +8,7 @@ by launch plus the roofline (Williams et al. 2009): max(FLOPs / peak, bytes / ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ FEATURES: dict[str, Callable[[Op], Size]] = {
     # torch's CPU attention splits queries in blocks of 32, 64 or 256 rows (FlashAttentionKernel):
     # the smaller the block, the more of each product is start-up.
     "flops_per_block": lambda op: work(op).flops / _query_block(op),
+    "experts": lambda op: op.dims.get("touched", 0),
     "heads": lambda op: op.dims["b"] * op.dims["h"],
     "queries": lambda op: op.dims["b"] * op.dims["h"] * op.dims["s"],
 }
@@ -71,31 +72,27 @@ def elements(op: Op) -> Size:
     return op.dims["n"] * op.dims.get("t", 1)
 
 
+OTHERS = "others"  # the family of what is not measured on its own: start-up, FLOPs and bytes
+BY_ROOFLINE: frozenset[str] = frozenset()  # kinds that no microbenchmark measures, so far
+
+
 def family(op: Op) -> str:
-    """Return the key of the op's measurements: its kind, and its layout for products."""
-    if op.kind == "matmul":
-        return f"matmul.{op.attrs['layout']}"
-    if op.kind == "grouped_matmul":  # the products of its experts, one by one
-        return f"matmul.{op.attrs['layout']}"
-    if op.kind == "attention" and len(op.reads) > 1:
-        return "attention.cached"
-    return op.kind
+    """Return the key of the op's measurements: its kind, and the form that it takes."""
+    form = FORMS[op.kind](op) if op.kind in FORMS else ""
+    return f"{op.kind}.{form}" if form else op.kind
 
 
-def as_measured(op: Op) -> Op:
-    """Return the call whose measurement prices a tile, or a chunk, of attention on a CPU.
-
-    Measured calls are causal and square, and skip the half of the pairs that the mask hides.
-    """
-    if "first" in op.attrs and "causal" in op.attrs:
-        keys = op.dims["kv"] + op.attrs["first"]  # earlier keys are seen by every row
-        kind = op.kind.replace("_rows", "")
-    elif "tiles" in op.attrs:
-        keys = op.dims["kv"] * (1 if op.attrs["causal"] else 2)
-        kind = op.kind.replace("_block", "")
-    else:
-        return op
-    return replace(op, kind=kind, dims={**op.dims, "kv": keys}, reads=op.reads[:1])
+# Kinds that run as different code, each of which is measured on its own.
+FORMS: dict[str, Callable[[Op], str]] = {
+    "matmul": lambda op: str(op.attrs["layout"]),
+    "grouped_matmul": lambda op: op.attrs["layout"] + (".sorted" if len(op.reads) > 2 else ""),
+    "attention": lambda op: "cached" if len(op.reads) > 1 else "",
+    "attention_block": lambda op: "masked" if op.attrs["causal"] else "",
+    "attention_block_backward": lambda op: "masked" if op.attrs["causal"] else "",
+    "attention_rows": lambda op: "" if op.attrs["first"] else "first",
+    "attention_rows_backward": lambda op: "" if op.attrs["first"] else "first",
+    "regroup": lambda op: op.attrs["by"] + (".back" if op.attrs["inverse"] else ""),
+}
 
 
 def interpolate(points: tuple[tuple[float, float], ...], size: Size) -> Size:

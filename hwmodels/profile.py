@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,33 @@ from simcore.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
+class Links:
+    """What ranks that all run at once do to one another.
+
+    ``issue_s``: host time to start a communication. ``blocking``: share of a communication during
+    which its rank cannot compute. ``messages``: (latency in s, seconds per byte) of one message.
+    """
+
+    collectives: CollectiveFit
+    issue_s: float
+    blocking: float
+    messages: tuple[float, float]
+
+    @property
+    def values(self) -> tuple[CollectiveFit, float, float, tuple[float, float]]:
+        """The four, in order."""
+        return self.collectives, self.issue_s, self.blocking, self.messages
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """Fitted costs of one machine, with where they come from.
 
-    ``messages``: (latency in s, seconds per byte) between two ranks of the machine.
-    ``blocking``: share of a communication during which its rank cannot compute.
+    ``collectives``, ``issue_s``, ``blocking`` and ``messages``: the `Links` between two ranks;
+    ``crowds``: those of more, by how many run at once.
     ``peaks``: measured FLOP/s and bytes/s, for the baselines that predictions must beat.
     ``alone``: time of "compute" and of "memory" on one busy rank over that with every rank busy.
+    ``cores``: processors that the ranks share; 0 for as many as there are ranks.
     """
 
     name: str
@@ -33,6 +53,18 @@ class Profile:
     peaks: Mapping[str, float]
     alone: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    cores: int = 0
+    crowds: Mapping[int, Links] = field(default_factory=dict)
+
+    def among(self, ranks: int) -> Profile:
+        """Return the costs where so many ranks run at once: measured for the nearest number."""
+        nearest = min((2, *self.crowds), key=lambda count: abs(count - ranks))
+        if nearest not in self.crowds:
+            return self
+        collectives, issue_s, blocking, messages = self.crowds[nearest].values
+        return replace(
+            self, collectives=collectives, issue_s=issue_s, blocking=blocking, messages=messages
+        )
 
 
 def default_path() -> Path:
@@ -47,13 +79,12 @@ def read_profile(path: Path) -> Profile:
         return Profile(
             str(table["name"]),
             read_kernel_fits(table["kernels"], path.name),
-            read_fit(table["collectives"], path.name),
-            float(table["issue_s"]),
-            float(table["blocking"]),
-            (float(table["messages"][0]), float(table["messages"][1])),
+            *_links(table, path.name).values,
             {str(k): float(v) for k, v in table["peaks"].items()},
             {str(k): float(v) for k, v in table.get("alone", {}).items()},
             table.get("provenance", {}),
+            int(table["cores"]),
+            {int(k): _links(each, path.name) for k, each in table["crowds"].items()},
         )
     except OSError as error:
         raise InputError(f"cannot read the profile {path.name}: {error.strerror}.") from None
@@ -61,6 +92,16 @@ def read_profile(path: Path) -> Profile:
         raise InputError(
             f"{path.name} is not a device profile ({error!r:.80}): run 'meshwise calibrate'."
         ) from None
+
+
+def _links(table: Mapping[str, Any], where: str) -> Links:
+    latency_s, s_per_byte = table["messages"]
+    return Links(
+        read_fit(table["collectives"], where),
+        float(table["issue_s"]),
+        float(table["blocking"]),
+        (float(latency_s), float(s_per_byte)),
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -110,6 +110,29 @@ class FluidLinks:
             self._plan(together)
 
 
+@dataclass(frozen=True, slots=True)
+class Processors:
+    """Ranks that take turns on fewer processors, as flows of seconds through one link.
+
+    Prices are those of a time when all ranks compute; where some wait, the others are faster.
+    """
+
+    ranks: int
+    cores: int
+
+    def path(self, src: int, dst: int) -> Sequence[int]:
+        """Return the one link."""
+        return (0,)
+
+    def latency(self, path: Sequence[int]) -> float:
+        """Return zero: a rank that wakes finds a processor at once."""
+        return 0.0
+
+    def rates(self, paths: Sequence[Sequence[int]]) -> Sequence[float]:
+        """Return the rates of ranks that compute at once, each at most one processor's."""
+        return [self.ranks / max(self.cores, len(paths))] * len(paths)
+
+
 @dataclass(slots=True)
 class _Meeting:
     """Ranks that come to the same collective, or the two ends of a message."""
@@ -143,8 +166,10 @@ class Engine:
     ranks: Sequence[int]
     detail: bool
     slowdown: Mapping[int, float] = field(default_factory=dict)  # rank -> compute time factor
+    cores: int = 0  # processors that the ranks share; 0: each has its own
     env: simpy.Environment = field(default_factory=simpy.Environment)
     links: FluidLinks = field(init=False)
+    processors: FluidLinks | None = None
     meetings: dict[Any, _Meeting] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     laid: Mapping[str, Template] = field(default_factory=dict)
@@ -154,6 +179,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.links = FluidLinks(self.env, self.network)
+        if 0 < self.cores < len(self.ranks):
+            self.processors = FluidLinks(self.env, Processors(len(self.ranks), self.cores))
         self.bench = Workbench(self.program, self.cost)
         for rank in self.ranks:
             stage = coordinates(self.program.mesh, rank)["pp"]
@@ -315,7 +342,11 @@ class Engine:
             start = yield from self._collective(state, op, seconds, begun)
         else:
             start = self.env.now
-            yield self.env.timeout(seconds * self.slowdown.get(state.number, 1.0))
+            seconds *= self.slowdown.get(state.number, 1.0)
+            if self.processors is None:
+                yield self.env.timeout(seconds)
+            else:
+                yield from self.processors.send(state.number, state.number, seconds)
         if not begun.triggered:
             begun.succeed()
         done.succeed()
@@ -511,11 +542,13 @@ def simulate(
     detail: bool | None = None,
     every_rank: bool = False,
     slowdown: Mapping[int, float] | None = None,
+    cores: int = 0,
 ) -> Timeline:
     """Return the simulated timeline of one step.
 
     Ranks with equal stages are folded into one unless ``every_rank``; ``slowdown`` (rank to
-    factor on its compute) makes stragglers and needs ``every_rank`` and ``detail``. With ``detail``
+    factor on its compute) makes stragglers and needs ``every_rank`` and ``detail``, and so do
+    ``cores``, the processors on which all ranks take turns (0: each has its own). With ``detail``
     every op is an event of its own; by default where the step has at most ``DETAIL_LIMIT`` ops.
     """
     ranks = (
@@ -527,4 +560,6 @@ def simulate(
         detail = every_rank or count_ops(program) <= DETAIL_LIMIT
     if slowdown and not (detail and every_rank):
         raise ValueError("slowdown needs every_rank and detail: folded ranks are all alike")
-    return Engine(program, cost, network, list(ranks), detail, slowdown or {}).run()
+    if cores and not (detail and every_rank):
+        raise ValueError("cores need every_rank and detail: folded ranks take no turns")
+    return Engine(program, cost, network, list(ranks), detail, slowdown or {}, cores).run()

@@ -130,6 +130,18 @@ def test_the_example_grid_spans_strategies_sizes_and_bounds() -> None:
     assert {1, 4, 16, 32} <= batches
 
 
+def test_the_grid_of_training_strategies_spans_ranks_and_kinds() -> None:
+    grid = read_grid(ROOT / "examples" / "training_grid.toml")
+    found = [strategy for case in grid.cases if (strategy := case.scenario.strategy())]
+    assert len(found) == len(grid.cases) >= 40
+    assert {s.world for s in found} == {1, 2, 4}
+    assert {s.cp_kind for s in found if s.cp > 1} >= {"ring", "token_ring", "ulysses"}
+    assert len({s.schedule for s in found if s.pp > 1}) >= 8
+    assert {s.ep for s in found} == {1, 2}
+    assert {s.zero for s in found if s.dp > 1} == {0, 1, 2, 3}
+    assert sum(len([a for a in (s.dp, s.tp, s.pp, s.cp) if a > 1]) > 1 for s in found) >= 8
+
+
 # ---------------------------------------------------------------- comparison
 
 

@@ -9,20 +9,24 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hwmodels.kernels import FEATURES, elements, family
+from hwmodels.kernels import FEATURES, OTHERS, elements, family
 from hwmodels.profile import Profile, default_path, read_profile, write_atomically
 from simcore.ops import Op
 
-RANKS = 2
 TIMEOUT_S = 600.0
+WORLDS = (2, 4)  # ranks that run at once; kernels are measured on the first number
 PRODUCT = ("one", "flops", "bytes", "packed_weights")
+GROUPED = (*PRODUCT, "experts")
+TRAFFIC = ("one", "bytes", "vector")
+ROOFLINE = ("one", "flops", "bytes", "vector")
+TILE = ("one", "flops", "bytes", "vector", "heads", "flops_per_block")
 ATTENTION = ("one", "flops", "bytes", "vector", "heads", "queries", "flops_per_block")
 FITTED: dict[str, tuple[str, ...]] = {
     "matmul.nt": PRODUCT,
@@ -31,23 +35,39 @@ FITTED: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION,
     "attention_backward": ATTENTION,
     "attention.cached": ATTENTION,
+    **{f"attention_block{form}": TILE for form in ("", ".masked")},
+    **{f"attention_block_backward{form}": TILE for form in ("", ".masked")},
+    **{f"attention_rows{form}": TILE for form in ("", ".first")},
+    **{f"attention_rows_backward{form}": TILE for form in ("", ".first")},
+    **{f"grouped_matmul.{a}{b}": GROUPED for a in ("nt", "nn", "tn") for b in ("", ".sorted")},
+    **dict.fromkeys(("route", "route_backward"), TRAFFIC),
+    **dict.fromkeys(("permute", "permute_backward", "combine", "combine_backward"), TRAFFIC),
 }
 """Families with more than one size; every other family keeps its points."""
 
 Rows = Sequence[tuple[Op, float]]
 
 
-def op_rows(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Op, float]]]:
-    """Return (op, seconds) by family: the quietest sample of each rank, averaged over ranks.
+def _each(records: Sequence[Mapping[str, Any]], what: str) -> Iterator[tuple[Any, ...]]:
+    """Yield every measurement of all ranks."""
+    return zip(*(record[what] for record in records), strict=True)
+
+
+def _quietest(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a measurement with the quietest sample of each rank, averaged over ranks.
 
     Other work on the machine only ever adds time.
     """
+    return {**same[0], "seconds": statistics.mean(min(each["samples"]) for each in same)}
+
+
+def op_rows(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Op, float]]]:
+    """Return (op, seconds) by family."""
     found: dict[str, list[tuple[Op, float]]] = defaultdict(list)
-    for same in zip(*(record["ops"] for record in records), strict=True):
-        row = same[0]
+    for same in _each(records, "ops"):
+        row = _quietest(same)
         op = Op(row["kind"], row["dims"], "fp32", tuple(row["reads"]), (), attrs=row["attrs"])
-        quietest = [min(each["samples"]) for each in same]
-        found[family(op)].append((op, statistics.mean(quietest)))
+        found[family(op)].append((op, row["seconds"]))
     return found
 
 
@@ -80,20 +100,27 @@ def points_of(rows: Rows) -> list[list[float]]:
 
 def fit_kernels(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the profile's kernel table."""
-    table: dict[str, Any] = {}
-    for name, rows in op_rows(records).items():
-        if name not in FITTED:
-            table[name] = {"points": points_of(rows), "count": len(rows)}
-            continue
-        coefficients, errors = fit_features(rows, FITTED[name])
-        sizes = sorted(abs(e) for e in errors)
-        table[name] = {
-            "coefficients": coefficients,
-            "count": len(rows),
-            "residual": statistics.median(sizes),
-            "worst_residual": sizes[-1],
-        }
-    return table
+    found = op_rows(records)
+    table = {
+        name: fit_row(rows, FITTED[name])
+        if name in FITTED
+        else {"points": points_of(rows), "count": len(rows)}
+        for name, rows in found.items()
+    }
+    everything = [row for name, rows in found.items() if name != "alias" for row in rows]
+    return {**table, OTHERS: fit_row(everything, ROOFLINE)}
+
+
+def fit_row(rows: Rows, features: Sequence[str]) -> dict[str, Any]:
+    """Return a family's row of the table: coefficients, and how well they fit."""
+    coefficients, errors = fit_features(rows, features)
+    sizes = sorted(abs(e) for e in errors)
+    return {
+        "coefficients": coefficients,
+        "count": len(rows),
+        "residual": statistics.median(sizes),
+        "worst_residual": sizes[-1],
+    }
 
 
 def fit_messages(rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -111,10 +138,9 @@ def fit_messages(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 def fit_collectives(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return measured points per (op, ranks), non-decreasing in bytes."""
     found: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
-    for same in zip(*(record["collectives"] for record in records), strict=True):
-        samples = [seconds for each in same for seconds in each["samples"]]
-        row = same[0]
-        found[row["op"], row["ranks"]][float(row["bytes"])] = statistics.median(samples)
+    for same in _each(records, "collectives"):
+        row = _quietest(same)
+        found[row["op"], row["ranks"]][float(row["bytes"])] = row["seconds"]
     table = []
     for (op, ranks), points in found.items():
         highest, rising = 0.0, []
@@ -137,26 +163,42 @@ def contention(alone: Mapping[str, float], together: Mapping[str, float]) -> dic
     return {what: min(1.0, together[rate] / alone[rate]) for what, rate in rates.items()}
 
 
-def fit_profile(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the profile of a machine from the records of its two ranks."""
+def fit_links(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what so many ranks, all running at once, do to one another."""
     first = records[0]
-    kernels = fit_kernels(records)
-    peaks = {name: statistics.mean(r["peaks"][name] for r in records) for name in first["peaks"]}
     return {
-        "name": "this-cpu",
-        "kernels": kernels,
         "collectives": fit_collectives(records),
         "issue_s": first["issue_s"],
         "blocking": blocking_share(first["overlap"]),
-        "messages": fit_messages(first["messages"]),
+        "messages": fit_messages([_quietest(same) for same in _each(records, "messages")]),
+    }
+
+
+def fit_profile(worlds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return the profile of a machine from the records of the ranks of every world.
+
+    Kernels are those of the first world, the smallest.
+    """
+    records, *crowds = worlds
+    first = records[0]
+    peaks = {name: statistics.mean(r["peaks"][name] for r in records) for name in first["peaks"]}
+    fingerprint = first.get("fingerprint", {})
+    return {
+        "name": "this-cpu",
+        "kernels": fit_kernels(records),
+        **fit_links(records),
         "peaks": peaks,
         "alone": contention(first["alone"], peaks),
+        "cores": fingerprint.get("cores", 0),
+        "crowds": {str(len(each)): fit_links(each) for each in crowds},
         "provenance": {
             "date": datetime.now(UTC).date().isoformat(),
             "ranks": len(records),
-            "measurements": sum(len(r["ops"]) for r in records),
-            "seconds": first["seconds"],
-            "fingerprint": first.get("fingerprint", {}),
+            "measurements": sum(
+                len(r["ops"]) + len(r["collectives"]) for each in worlds for r in each
+            ),
+            "seconds": sum(each[0]["seconds"] for each in worlds),
+            "fingerprint": fingerprint,
         },
     }
 
@@ -166,11 +208,14 @@ def calibrate(path: Path | None = None, progress: Callable[[str], None] | None =
 
     Raises `RunError` where the ranks cannot be run.
     """
-    if progress:
-        progress(f"measuring op kinds and collectives on {RANKS} ranks")
     from backends.launch import run_benchmarks
 
-    table = fit_profile(run_benchmarks(RANKS, TIMEOUT_S))
+    worlds: list[list[dict[str, Any]]] = []
+    for ranks in WORLDS:
+        what = "communication" if worlds else "op kinds and communication"
+        if progress:
+            progress(f"measuring {what} on {ranks} ranks")
+        worlds.append(run_benchmarks(ranks, TIMEOUT_S, ops=not worlds))
     target = path or default_path()
-    write_atomically(target, json.dumps(table, indent=1))
+    write_atomically(target, json.dumps(fit_profile(worlds), indent=1))
     return read_profile(target)

@@ -248,9 +248,14 @@ def lower_case(scenario: Scenario) -> Lowered:
 
 
 def predicted_seconds(scenario: Scenario, lowered: Lowered, profile: Profile) -> float:
-    """Return the estimator's seconds of one step or generation."""
+    """Return the estimator's seconds of one step or generation.
+
+    Ranks that take turns on fewer processors are simulated: who waits decides who computes.
+    """
     cost = lowered.cost(profile)
     if isinstance(lowered.job, Program):
+        if shared_cores(lowered, profile):
+            return predicted_timeline(lowered, profile).step_s
         return estimate(lowered.job, cost, cost).step_s
     assert isinstance(lowered.work, Generation)
     times = generation_seconds(
@@ -262,10 +267,17 @@ def predicted_seconds(scenario: Scenario, lowered: Lowered, profile: Profile) ->
 def predicted_timeline(lowered: Lowered, profile: Profile) -> Timeline:
     """Return the simulated timeline of every rank, op by op; passes follow one another."""
     cost = lowered.cost(profile)
+    cores = shared_cores(lowered, profile)
     runs = [
-        simulate(program, cost, cost, detail=True, every_rank=True) for program in lowered.programs
+        simulate(program, cost, cost, detail=True, every_rank=True, cores=cores)
+        for program in lowered.programs
     ]
     return joined(runs)
+
+
+def shared_cores(lowered: Lowered, profile: Profile) -> int:
+    """Return how many processors all ranks take turns on; 0 where each has its own."""
+    return profile.cores if profile.cores < lowered.cluster.world else 0
 
 
 def joined(runs: Sequence[Timeline]) -> Timeline:
@@ -374,26 +386,30 @@ def options_of(scenario: Scenario, repeats: int) -> RunOptions:
 def run_cases(
     cases: Sequence[Case], lowered: Sequence[Lowered], say: Say | None = None
 ) -> list[list[RunResult]]:
-    """Return every case's rounds, from one launch in which the rounds of all cases take turns."""
+    """Return every case's rounds; those of one number of ranks take turns in one launch."""
     plans = [rounds_of(case.scenario.run.repeats) for case in cases]
-    turns = [
-        (number, index)
-        for number in range(max(rounds for rounds, _ in plans))
-        for index, (rounds, _) in enumerate(plans)
-        if number < rounds
-    ]
-    jobs = [
-        Job(lowered[index].job, options_of(cases[index].scenario, plans[index][1]))
-        for _, index in turns
-    ]
-
-    def heard(done: int) -> None:
-        if say is not None:
-            say(f"measured {done} of {len(jobs)}: {cases[turns[done - 1][1]].name}")
-
+    total = sum(rounds for rounds, _ in plans)
     found: list[list[RunResult]] = [[] for _ in cases]
-    for (_, index), result in zip(turns, run_many(jobs, heard), strict=True):
-        found[index].append(result)
+    before = 0
+    for world in sorted({ready.cluster.world for ready in lowered}):
+        turns = [
+            index
+            for number in range(ROUNDS)
+            for index, (rounds, _) in enumerate(plans)
+            if number < rounds and lowered[index].cluster.world == world
+        ]
+
+        def heard(done: int, before: int = before, turns: Sequence[int] = turns) -> None:
+            if say is not None:
+                say(f"measured {before + done} of {total}: {cases[turns[done - 1]].name}")
+
+        jobs = [
+            Job(lowered[index].job, options_of(cases[index].scenario, plans[index][1]))
+            for index in turns
+        ]
+        for index, result in zip(turns, run_many(jobs, heard), strict=True):
+            found[index].append(result)
+        before += len(turns)
     return found
 
 
@@ -442,10 +458,11 @@ def assumptions_of(cases: Sequence[Case], profile: Profile) -> tuple[str, ...]:
     about = profile.provenance
     return (
         f"Measured: the median of {rounds * each} repeats in {rounds} rounds in which all cases "
-        f"take turns, each round after {warmup} warm-up runs; a repeat lasts until the slowest "
-        "rank is done.",
-        f"Predicted: the estimator with the profile {profile.name!r} "
-        f"({about.get('date', 'undated')}, {about.get('measurements', 'an unknown number of')} "
+        f"of one number of ranks take turns, each round after {warmup} warm-up runs; a repeat "
+        "lasts until the slowest rank is done.",
+        "Predicted: the estimator, or the simulator where ranks share cores, with the profile "
+        f"{profile.name!r} ({about.get('date', 'undated')}, "
+        f"{about.get('measurements', 'an unknown number of')} "
         "measurements of single ops, collectives and messages).",
         "The profile describes an undisturbed machine. The spread of a case is the range of the "
         "middle half of its repeats over their median: what other work and the machine itself add.",
@@ -463,7 +480,7 @@ def assumptions_of(cases: Sequence[Case], profile: Profile) -> tuple[str, ...]:
 def validate_cases(
     title: str, cases: Sequence[Case], profile: Profile, progress: Say | None = None
 ) -> Comparison:
-    """Return the comparison of cases that all run on the same number of ranks of this machine."""
+    """Return the comparison of cases that run on ranks of this machine."""
     lowered = [_lowered(case) for case in cases]
     results = run_cases(cases, lowered, progress)
     compared = tuple(
