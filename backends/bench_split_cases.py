@@ -1,4 +1,4 @@
-"""What the microbenchmarks measure of split sequences and of experts: ops over ranges of sizes."""
+"""What the microbenchmarks measure of split sequences, experts and codecs, over ranges of sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backends.bench_cases import Case, make_case
+from simcore.codecs import CODECS, coded_bytes
 
 TILES = [  # batch, queries, keys, heads, KV heads, head dim
     (1, 32, 32, 4, 4, 32),
@@ -55,6 +56,7 @@ ROWS = [  # tokens, rows, width, top
     (512, 2048, 256, 4),
     (1024, 2048, 1024, 2),
 ]
+CODED = [(1, 2048), (2, 8192), (4, 16384), (2, 131072), (1, 524288), (4, 524288)]
 GROUPS = [  # experts, rows, n, k
     (4, 64, 256, 128),
     (8, 128, 352, 256),
@@ -213,3 +215,19 @@ def group_cases() -> Iterator[Case]:
                     dtypes=types,
                     given=given,
                 )
+
+
+def codec_cases() -> Iterator[Case]:
+    """Values coded, with and without what was lost before, and decoded, joined or summed."""
+    codec = "int8"
+    for pieces, n in CODED:
+        size, dims = coded_bytes(n), {"t": pieces, "n": n}
+        values, code = {"x": (pieces * n,)}, {"c": (pieces * size,)}
+        attrs = {"codec": codec, "coded": size, "flops": CODECS[codec].vector_flops}
+        yield make_case("encode", dims, values, ("y",), attrs=attrs)
+        kept = {"e": (pieces * n,)}
+        yield make_case("encode", dims, values | kept, ("y", "e"), inplace=kept, attrs=attrs)
+        for summed in (False, True):
+            shape = (n,) if summed else (pieces * n,)
+            more = {**attrs, "summed": summed, "shape": shape}
+            yield make_case("decode", dims, code, ("y",), attrs=more, dtypes={"c": "uint8"})

@@ -29,6 +29,7 @@ from backends.bench_links import (
 from backends.bench_split_cases import (
     block_cases,
     chunk_cases,
+    codec_cases,
     group_cases,
     route_cases,
     row_cases,
@@ -59,6 +60,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "routes": route_cases,
     "rows": row_cases,
     "groups": group_cases,
+    "codecs": codec_cases,
 }
 
 
@@ -74,6 +76,8 @@ class Pool:
         dims = [int(d) for d in buffer.dims]
         if buffer.dtype == "int64":
             return torch.randint(0, 512, dims)
+        if buffer.dtype == "uint8":
+            return torch.zeros(dims, dtype=torch.uint8)
         size = math.prod(dims)
         if self.used + size > POOL_ELEMENTS:
             self.used = 0

@@ -91,6 +91,8 @@ FORMS: dict[str, Callable[[Op], str]] = {
     "attention_block_backward": lambda op: "masked" if op.attrs["causal"] else "",
     "attention_rows": lambda op: "" if op.attrs["first"] else "first",
     "attention_rows_backward": lambda op: "" if op.attrs["first"] else "first",
+    "encode": lambda op: "kept" if len(op.reads) > 1 else "",
+    "decode": lambda op: "summed" if op.attrs["summed"] else "",
     "regroup": lambda op: op.attrs["by"] + (".back" if op.attrs["inverse"] else ""),
 }
 

@@ -67,6 +67,10 @@ def lowered() -> Iterator[Program]:
         parts = {"cp_ring": 2, "cp_ulysses": 2} if kind == "usp" else {}
         cp = 4 if parts else 2
         yield lower_training(LLAMA, ParallelStrategy(cp=cp, cp_kind=kind, **parts), STEP)
+    for coded in ({}, {"error_feedback": True}, {"zero_stage": 2}):
+        found = ParallelStrategy(dp_replicate=2, grad_codec="int8", **coded)
+        yield lower_training(LLAMA, found, STEP)
+    yield lower_training(LLAMA, ParallelStrategy(stream_chunks=2, recompute="full"), STEP)
     for options in ({}, {"capacity_factor": 2.0}, {"ep": 2, "dp_replicate": 2}):
         yield lower_training(MIXTRAL, ParallelStrategy(**options), STEP)
 
