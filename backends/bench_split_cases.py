@@ -226,7 +226,7 @@ def codec_cases() -> Iterator[Case]:
         attrs = {"codec": codec, "coded": size, "flops": CODECS[codec].vector_flops}
         yield make_case("encode", dims, values, ("y",), attrs=attrs)
         kept = {"e": (pieces * n,)}
-        yield make_case("encode", dims, values | kept, ("y", "e"), inplace=kept, attrs=attrs)
+        yield make_case("encode", dims, {**values, **kept}, ("y", "e"), inplace=kept, attrs=attrs)
         for summed in (False, True):
             shape = (n,) if summed else (pieces * n,)
             more = {**attrs, "summed": summed, "shape": shape}

@@ -70,7 +70,7 @@ def lowered() -> Iterator[Program]:
     for coded in ({}, {"error_feedback": True}, {"zero_stage": 2}):
         found = ParallelStrategy(dp_replicate=2, grad_codec="int8", **coded)
         yield lower_training(LLAMA, found, STEP)
-    yield lower_training(LLAMA, ParallelStrategy(stream_chunks=2, recompute="full"), STEP)
+    yield lower_training(LLAMA, ParallelStrategy(stream_chunks=2), STEP)
     for options in ({}, {"capacity_factor": 2.0}, {"ep": 2, "dp_replicate": 2}):
         yield lower_training(MIXTRAL, ParallelStrategy(**options), STEP)
 
