@@ -7,7 +7,7 @@ gradient buffers, gathers and reductions, sends and receives, the optimizer, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
@@ -510,7 +510,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     else:
         reduced, versions = [last_reduces(actions) for actions in orders], {}
         order = tuple(
-            (*actions, *_ending(bodies, placement, rank))
+            tuple(_summed_and_updated(bodies, placement, rank, actions))
             for rank, actions in enumerate(with_messages(reduced, placement))
         )
     info = {
@@ -550,15 +550,32 @@ def _check_tied(parallel: ParallelStrategy, orders: Order, placement: Placement)
             )
 
 
-def _ending(
-    bodies: dict[str, tuple[Call, ...]], placement: Placement, rank: int
+def _summed_and_updated(
+    bodies: dict[str, tuple[Call, ...]],
+    placement: Placement,
+    rank: int,
+    actions: Sequence[Action],
 ) -> Iterator[Action]:
-    """Yield what a rank does after its last backward: sums over copies, then the optimizer."""
+    """Yield a rank's actions with the sums over copies or tied ends, then the optimizer.
+
+    A copy's sums start once its last gradient is there, beside what the rank still computes (eager
+    synchronisation; Li and Hoefler 2021, Chimera, section 3.2). Later stages come first, on both
+    ranks of a pair. Tied ends wait for all: the last rank has its gradient long before the first.
+    """
+    copied = len(placement.stage_rank) > placement.chain
     mine = [stage for stage, place in enumerate(placement.stage_rank) if place == rank]
-    by_layer = sorted(mine, key=lambda stage: stage % placement.chain)
-    for stage in by_layer:
-        ties = [body for body in bodies if body.startswith(f"{stage}TIE")]
-        yield from (Action(stage, body.removeprefix(str(stage)), 0) for body in ties)
+    waiting = sorted(mine, key=lambda stage: stage % placement.chain)
+    reduced: set[int] = set()
+    for action, following in zip(actions, [*actions[1:], None], strict=True):
+        yield action
+        if action.kind in ("BR", "WR"):
+            reduced.add(action.stage)
+        if following is not None and following.kind.startswith("SEND"):
+            continue  # what others wait for leaves first
+        while waiting and (waiting[-1] in reduced if copied else following is None):
+            stage = waiting.pop()
+            ties = [body for body in bodies if body.startswith(f"{stage}TIE")]
+            yield from (Action(stage, body.removeprefix(str(stage)), 0) for body in ties)
     yield from (Action(stage, "O", 0) for stage in mine)
 
 

@@ -403,3 +403,17 @@ def test_every_schedule_has_a_picture(name: str) -> None:
     assert ("weight gradient" in labels) == is_split(order)
     (axes,) = figure.axes
     assert {text.get_text() for text in axes.texts} >= {str(m) for m in range(8)}
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("chimera", 1), ("bitpipe", 2), ("dualpipe", 1)])
+def test_copies_are_summed_beside_what_is_left(name: str, chunks: int) -> None:
+    """All sums but those of a rank's last stage start before its last backward."""
+    plan = strategy("pp4", schedule=name, virtual_stages=chunks)
+    program = lower_training(replace(LLAMA, layers=8), plan, TrainStep(8, 64))
+    pairs = [[a.stage % (4 * chunks) for a in actions if "TIE" in a.kind]
+             for actions in program.order]  # fmt: skip
+    for rank, actions in enumerate(program.order):
+        kinds = [a.kind for a in actions]
+        last = max(i for i, kind in enumerate(kinds) if kind in ("BR", "WR"))
+        assert min(i for i, kind in enumerate(kinds) if "TIE" in kind) < last
+        assert pairs[rank] == pairs[3 - rank] == sorted(pairs[rank], reverse=True)

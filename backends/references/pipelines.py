@@ -94,20 +94,6 @@ def play(
     return Played(loss, _gradients(stages), most, moved)
 
 
-def same_as_undivided(
-    stages: int,
-    microbatches: int,
-    actions: Iterable[tuple[int, str, int]],
-    home: Mapping[tuple[int, int], int],
-) -> bool:
-    """Return whether actions played in order give the undivided network's loss and gradients."""
-    parts, inputs = network(stages, 4), batches(microbatches, 3, 4)
-    whole = undivided(parts, inputs)
-    found = play(parts, inputs, actions, home)
-    near = abs(whole.loss - found.loss) <= 1e-12 * abs(whole.loss)
-    return near and same(found.gradients, whole.gradients)
-
-
 @dataclass(frozen=True, slots=True)
 class Streamed:
     """Flush-free training: updates between a sample's forward and backward, and busy ticks."""

@@ -10,9 +10,9 @@ import numpy as np
 from hwmodels.catalogue import load_chip
 from simcore.catalogue import load_model
 from simcore.metrics import model_flops_per_token
+from simcore.pipelines.unit import run_units
 from simcore.schedules import SCHEDULES
 from validation.systems.frame import Finding, check
-from validation.systems.unit_pipelines import Shape, interleaved, straight, timed
 
 ONE_SETTING = "both figures come from one setting"
 
@@ -130,20 +130,15 @@ def bubbles(*, off: int = 0) -> Finding:
     """
     worst, cases = 0.0, 0
     for p, m in ((2, 4), (4, 8), (8, 8), (4, 32)):
-        plain = Shape(p, m)
-        for name in ("gpipe", "1f1b"):
-            made = SCHEDULES[name](p, m, 1)
-            order = [[(a.stage, a.kind, a.microbatch) for a in rank] for rank in made]
-            found = timed(plain, order, straight(plain)).bubble
-            worst, cases = max(worst, abs(found - (p - 1) / (m + off))), cases + 1
-        for v in (2, 4):
-            shape = Shape(p, m, v)
-            found = timed(shape, interleaved(shape), straight(shape)).bubble
+        for name, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 4)):
+            found = run_units(SCHEDULES[name](p, m, v)).bubble_ratio
             worst, cases = max(worst, abs(found - (p - 1) / (v * (m + off)))), cases + 1
-    endless = Shape(4, 400)  # steps that are not flushed are one run of microbatches
-    times = [t for t, _ in timed(endless, interleaved(endless), straight(endless)).starts]
-    inside = [t for t in times if 100 <= t < 1000]
-    busy = len(inside) * 1.5 / (4 * 900)  # of every two tasks one takes 1 and one 2
+    endless = run_units(SCHEDULES["1f1b"](4, 400)).line  # without flushes, steps are one run
+    inside = (0.25 * endless.step_s, 0.75 * endless.step_s)
+    busy = sum(
+        max(0.0, min(span.end_s, inside[1]) - max(span.start_s, inside[0]))
+        for span in endless.spans
+    ) / (4 * (inside[1] - inside[0]))
     return Finding(
         worst < 1e-9 and abs(busy - 1) < 1e-9,
         f"largest difference {worst:.2g} over {cases} schedules; busy {busy:.3f} without a flush",

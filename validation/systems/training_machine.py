@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 from hwmodels.collectives import GroupLayout, collective_seconds
 from hwmodels.cost import ClusterCost
@@ -15,10 +17,13 @@ from simcore.estimate import estimate
 from simcore.lower import lower_training
 from simcore.metrics import Metrics, model_flops_per_token, train_metrics
 from simcore.models import ModelSpec
-from simcore.program import coordinates
+from simcore.program import Program, coordinates
 from simcore.strategy import ParallelStrategy
 from simcore.workloads import TrainStep
 from validation.systems.frame import need_torch
+
+if TYPE_CHECKING:
+    from backends.launch import RunResult
 
 RESERVE_SHARE = 0.1  # of a device's memory, left to the driver and to fragmentation
 
@@ -54,28 +59,72 @@ def step(
 # ---------------------------------------------------------------- real ranks
 
 SMALL = ModelSpec(
-    "llama-like", 4, 16, 4, 2, 4, 24, 29,
+    "llama-like", 8, 16, 4, 2, 4, 24, 29,
     weights_dtype="fp32", compute_dtype="fp32", kv_dtype="fp32",
 )  # fmt: skip
-SMALL_STEP = TrainStep(global_batch=8, seq_len=8)
-PLANS = {
-    "tensor + pipeline": ParallelStrategy(tp=2, pp=2),
-    "tensor + sequence + ZeRO-3": ParallelStrategy(dp_shard=2, tp=2, sequence_parallel=True),
-    "unequal pipeline + ZeRO-1 + recomputation": ParallelStrategy(
-        pp=2, layers_per_stage=(1, 3), dp_shard=2, zero_stage=1, recompute="full"
+SMALL_MOE = replace(SMALL, name="moe-like", layers=2, experts=4, experts_per_token=2, moe_ffn=12)
+SMALL_STEP = TrainStep(global_batch=4, seq_len=8)
+EVERY_ROW = SMALL_MOE.experts / SMALL_MOE.experts_per_token  # a capacity that drops none
+PLANS: dict[str, tuple[ModelSpec, ParallelStrategy]] = {
+    "tensor + pipeline": (SMALL, ParallelStrategy(tp=2, pp=2)),
+    "tensor + sequence + ZeRO-3": (
+        SMALL,
+        ParallelStrategy(dp_shard=2, tp=2, sequence_parallel=True),
     ),
-    "HSDP": ParallelStrategy(dp_replicate=2, dp_shard=2),
+    "unequal pipeline + ZeRO-1 + recomputation": (
+        SMALL,
+        ParallelStrategy(pp=2, layers_per_stage=(3, 5), dp_shard=2, zero_stage=1, recompute="full"),
+    ),
+    "interleaved + tensor": (
+        SMALL,
+        ParallelStrategy(pp=2, virtual_stages=2, schedule="interleaved", tp=2),
+    ),
+    "breadth-first + ZeRO-3": (
+        SMALL,
+        ParallelStrategy(pp=2, virtual_stages=2, schedule="looped_bfs", dp_shard=2),
+    ),
+    "waves": (SMALL, ParallelStrategy(pp=4, virtual_stages=2, schedule="hanayo")),
+    "opposite vees": (SMALL, ParallelStrategy(pp=4, virtual_stages=2, schedule="bitpipe")),
+    "all-to-all + ZeRO-3": (SMALL, ParallelStrategy(cp=2, cp_kind="ulysses", dp_shard=2)),
+    "all-to-all x ring": (
+        SMALL,
+        ParallelStrategy(cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2),
+    ),
+    "folded experts": (
+        SMALL_MOE,
+        ParallelStrategy(
+            tp=2, dp_replicate=2, sequence_parallel=True, ep=4, capacity_factor=EVERY_ROW
+        ),
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """Losses of three steps on four ranks against one rank's, executed and predicted FLOPs."""
+    """Losses of two steps on four ranks against one rank's, FLOPs, and bytes sent.
+
+    ``payload_bytes``: of the first rank, by (kind, group); ``as_predicted``: whether every rank's
+    FLOPs and bytes are those of its program.
+    """
 
     error: float  # largest difference of a loss, over it
     flops: tuple[float, ...]  # per rank
-    predicted_flops: tuple[float, ...]
     dense_flops: float  # of one rank that does all
+    payload_bytes: Mapping[tuple[str, str], float]
+    as_predicted: bool
+
+
+FLOAT64_OVER_FLOAT32 = 2.0  # the programs say fp32, the ranks compute and send in fp64
+
+
+def _as_predicted(program: Program, found: RunResult) -> bool:
+    """Whether torch's FLOPs and bytes on every rank are the program's."""
+    for number, rank in enumerate(found.ranks):
+        told = step_totals(program, coordinates(program.mesh, number)["pp"], number)
+        payload = {k: FLOAT64_OVER_FLOAT32 * size for k, size in told.payload_bytes.items()}
+        if rank.flops != told.flops or dict(rank.payload_bytes) != payload:
+            return False
+    return True
 
 
 @cache
@@ -85,23 +134,38 @@ def on_four_ranks() -> dict[str, Ran]:
     from backends.launch import Job, RunOptions, run_many
 
     options = RunOptions(
-        5, repeats=2, warmup=1, dtype="fp64", dump=("losses",), count_flops=True, timeout_s=60
+        5, repeats=1, warmup=1, dtype="fp64", dump=("losses",), count_flops=True, timeout_s=120
     )
-    (one,) = run_many([Job(lower_training(SMALL, ParallelStrategy(), SMALL_STEP), options)])
-    programs = {name: lower_training(SMALL, plan, SMALL_STEP) for name, plan in PLANS.items()}
+    models = (SMALL, SMALL_MOE)
+    alone = [Job(lower_training(m, ParallelStrategy(), SMALL_STEP), options) for m in models]
+    wanted = {m.name: run for m, run in zip(models, run_many(alone), strict=True)}
+    programs = {n: lower_training(m, plan, SMALL_STEP) for n, (m, plan) in PLANS.items()}
     ran = run_many([Job(program, options) for program in programs.values()])
-    return {
-        name: Ran(
-            max(abs(a / b - 1) for a, b in zip(found.losses, one.losses, strict=True)),
-            tuple(float(rank.flops or 0) for rank in found.ranks),
-            tuple(
-                step_totals(program, coordinates(program.mesh, rank)["pp"]).flops
-                for rank in range(program.world)
-            ),
+    found = {}
+    for (name, program), run in zip(programs.items(), ran, strict=True):
+        one = wanted[PLANS[name][0].name]
+        found[name] = Ran(
+            max(abs(a / b - 1) for a, b in zip(run.losses, one.losses, strict=True)),
+            tuple(float(rank.flops or 0) for rank in run.ranks),
             float(one.ranks[0].flops or 0),
+            run.ranks[0].payload_bytes,
+            _as_predicted(program, run),
         )
-        for (name, program), found in zip(programs.items(), ran, strict=True)
-    }
+    return found
+
+
+EXACT = 1e-9  # relative difference of losses in float64 after two steps
+ON_RANKS = (
+    "executed on four gloo ranks in float64: losses of two steps against one rank's, FLOPs and "
+    "bytes against the program's"
+)
+
+
+def exact(*plans: str, loss_scale: float = 1.0) -> tuple[bool, float]:
+    """Return whether the executed plans equal one rank, and the largest difference of a loss."""
+    found = [on_four_ranks()[name] for name in plans]
+    worst = max(ran.error for ran in found) + abs(loss_scale - 1)
+    return worst < EXACT and all(ran.as_predicted for ran in found), worst
 
 
 # ---------------------------------------------------------------- long sequences

@@ -14,63 +14,81 @@ from simcore.strategy import ParallelStrategy
 from simcore.workloads import TrainStep
 from validation.systems.frame import Finding, check
 from validation.systems.training_machine import (
+    ON_RANKS,
     Ran,
+    exact,
     gpt,
     on_four_ranks,
     step,
     with_link,
 )
 from validation.systems.training_pipelines import cut
-from validation.systems.unit_pipelines import Shape, interleaved, straight, timed
 
-EXACT = 1e-9  # relative difference of losses in float64 after three steps
-ON_RANKS = "executed on four gloo ranks in float64: losses of three steps against one rank's"
 GPT_175B, GPT_1T = gpt("gpt-175b", 96, 12288, 96), gpt("gpt-1t", 128, 25600, 160)
-
-
-def exact(*plans: str, loss_scale: float = 1.0) -> tuple[bool, float]:
-    """Return whether the executed plans equal one rank, and the largest difference."""
-    found = on_four_ranks()
-    worst = max(found[name].error for name in plans) + abs(loss_scale - 1)
-    return worst < EXACT, worst
 
 
 # ------------------------------------------------------------------ G1.1, G1.2, G1.3
 
 
-@check("G1.1", mutant={"chunks": 1})
-def megatron(*, chunks: int = 2, ranks: int = 12) -> Finding:
-    """The implied peak, and what interleaving gains at similar memory in GPT-3 on 96 GPUs.
+GAIN, SIMILAR = 1.10, 1.10  # "at least 10 %" and "similar memory", as ratios
 
-    Setting of the paper's comparison: 175B, tensor 8 x pipeline 12, all layers recomputed.
+
+@check("G1.1", mutant={"chunks": 1})
+def megatron(*, chunks: int = 2, published_flops_per_s: float = 502e15) -> Finding:
+    """The implied peak; what interleaving gains at similar memory in GPT-3 on 96 GPUs.
+
+    Setting of the paper's comparison: 175B, tensor 8 x pipeline 12, all layers recomputed. Beside
+    it the trillion-parameter step on 3,072 GPUs in the paper's counting of FLOPs (its eq. 3).
     """
-    same, error = exact("tensor + pipeline")
-    each, peak = 502e15 / 3072, load_chip("a100-sxm-80gb").peak_flops_per_s["bf16"]
-    layers, width, tokens = 96, 12288, 2048
-    forward_s = 24 * tokens * width**2 * layers / ranks / 8 / (0.5 * peak)
-    hop = tokens * width * 2 / 8 / 25e9 / forward_s  # scattered over 8 adapters
+    same, error = exact("interleaved + tensor" if chunks > 1 else "tensor + pipeline")
+    each, peak = published_flops_per_s / 3072, load_chip("a100-sxm-80gb").peak_flops_per_s["bf16"]
     gains, memory = {}, {}
     for m in (12, 24, 48, 96):
-        plain, cut_up = Shape(ranks, m, 1, 1, 3, hop), Shape(ranks, m, chunks, 1, 3, hop)
-        runs = [timed(s, interleaved(s), straight(s)) for s in (plain, cut_up)]
-        gains[m] = runs[0].makespan / runs[1].makespan - 1
-        held = tokens * width * 2 * layers / ranks  # a microbatch's inputs of every layer
-        states = 18 * 175e9 / 96
-        inside = 34 * tokens * width / 8 + held * 0
-        memory[m] = [states + inside + max(r.peaks) * held for r in runs]
-    some = [m for m in gains if gains[m] >= 0.10 and memory[m][1] / memory[m][0] < 1.10]
+        plain, cut_up = (
+            step(
+                GPT_175B,
+                load_cluster("dgx-a100", 12),
+                ParallelStrategy(
+                    tp=8, pp=12, recompute="full", schedule="interleaved" if v > 1 else "1f1b",
+                    virtual_stages=v,
+                ),
+                TrainStep(m, 2048),
+            )
+            for v in (1, chunks)
+        )  # fmt: skip
+        gains[m] = plain["step_s"] / cut_up["step_s"]
+        memory[m] = cut_up["peak_memory_bytes"] / plain["peak_memory_bytes"]
+    some = [m for m in gains if gains[m] >= GAIN and memory[m] < SIMILAR]
+    large = trillion_flops_per_s()
     return Finding(
         same and bool(some) and abs(each / 0.52 / peak - 1) < 0.01,
         f"{each / 1e12:.1f} TFLOP/s per GPU imply {each / 0.52 / 1e12:.0f}; interleaving gains "
-        + ", ".join(f"{g:.1%} at m = {m}" for m, g in gains.items())
-        + f", memory {memory[12][1] / memory[12][0]:.2f}x at m = 12; losses differ by {error:.1e}",
+        + ", ".join(f"{g - 1:.1%} at m = {m}" for m, g in gains.items())
+        + f" at {memory[12]:.2f}x the memory; 1T on 3,072 GPUs at {large / 1e15:.0f} PFLOP/s; "
+        f"losses differ by {error:.1e}",
         "two chunks per rank halve the bubble; recomputed layers keep only their inputs"
         if some
         else "one chunk per rank gains nothing",
-        ("175B over tensor 8 x pipeline 12, 18 bytes per parameter", "kernels at half of the peak, "
-         "messages over one adapter per rank", ON_RANKS),
+        ("175B over tensor 8 x pipeline 12, 1T over tensor 8 x pipeline 64 x data 6",
+         "the 1T step is faster than the published 502: attention and gradient sums are fused here "
+         "and were not in 2021 (about 6 % of the step), and clocks that fall under load are missing",
+         ON_RANKS),
         "cpu",
     )  # fmt: skip
+
+
+@cache
+def trillion_flops_per_s() -> float:
+    """Return the rate of the published trillion-parameter step (Narayanan et al. 2021, table 1).
+
+    FLOPs by their eq. 3, 96 B s l h^2 (1 + s / 6h + V / 16lh), recomputation included.
+    """
+    batch, tokens, layers, width = 3072, 2048, GPT_1T.layers, GPT_1T.hidden
+    plan = ParallelStrategy(tp=8, pp=64, dp_replicate=6, recompute="full",
+                            schedule="interleaved", virtual_stages=2)  # fmt: skip
+    found = step(GPT_1T, load_cluster("dgx-a100", 384), plan, TrainStep(batch, tokens))
+    more = 1 + tokens / (6 * width) + GPT_1T.vocab / (16 * layers * width)
+    return float(96 * batch * tokens * layers * width**2 * more / found["step_s"])
 
 
 @check("G1.2", mutant={"dense_share": 0.5})
@@ -83,7 +101,7 @@ def gspmd(*, dense_share: float = 1.0) -> Finding:
     counted, repeated = True, []
     for name in ("tensor + sequence + ZeRO-3", "tensor + pipeline"):
         ran: Ran = on_four_ranks()[name]
-        counted &= ran.flops == ran.predicted_flops
+        counted &= ran.as_predicted
         repeated.append(sum(ran.flops) / (ran.dense_flops * dense_share) - 1)
     model = gpt("dense-64b", 32, 8192, 128, 65536)
     model = replace(model, head_dim=256)  # wide attention: 128 heads of 256
