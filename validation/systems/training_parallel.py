@@ -71,7 +71,7 @@ def megatron(*, chunks: int = 2, published_flops_per_s: float = 502e15) -> Findi
         else "one chunk per rank gains nothing",
         ("175B over tensor 8 x pipeline 12, 1T over tensor 8 x pipeline 64 x data 6",
          "the 1T step is faster than the published 502: attention and gradient sums are fused here "
-         "and were not in 2021 (about 6 % of the step), and clocks that fall under load are missing",
+         "and were not in 2021 (about 6 % of the step); clocks that fall under load are missing",
          ON_RANKS),
         "cpu",
     )  # fmt: skip
