@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from simcore.ops import Op, Size
@@ -69,3 +69,10 @@ def transfer_seconds(network: Network, src: int, dst: int, size_bytes: float) ->
     if not path:
         return 0.0
     return network.latency(path) + size_bytes / float(network.rates([path])[0])
+
+
+class Pricing(CostModel, Network, Protocol):
+    """Both, for one mesh."""
+
+
+CostOf = Callable[[Mapping[str, int]], Pricing]  # mesh -> what prices it

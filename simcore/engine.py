@@ -18,6 +18,7 @@ import simpy
 from simcore.costs import CostModel, Network
 from simcore.estimate import is_message, is_tie, only_op, representative
 from simcore.liveness import positions
+from simcore.mixed import Piece, Variant, is_ending
 from simcore.ops import COMPUTE, Op, work
 from simcore.program import Action, Key, Program, coordinates, group_ranks
 from simcore.sequence import on_rank
@@ -510,19 +511,45 @@ class Engine:
 
 
 @dataclass(slots=True)
-class MixedEngine(Engine):
-    """A step whose microbatches differ in length: programs of one order, of other sizes."""
+class LaneEngine(Engine):
+    """Lanes of a step over unequal lengths, each with actions of its own (`simcore.mixed`)."""
 
-    variants: Mapping[int, tuple[Program, Mapping[str, Template]]] = field(default_factory=dict)
-    lengths: Sequence[int] = ()  # of every microbatch: the variant that it runs
+    variants: Mapping[Variant, tuple[Program, Mapping[str, Template]]] = field(default_factory=dict)
+    pieces: Sequence[Piece] = ()
+    plans: Mapping[int, Sequence[Action]] = field(default_factory=dict)  # followed rank -> actions
+    sharing: Mapping[int, int] = field(default_factory=dict)  # piece -> followed lanes that run it
+
+    def _rank(self, state: _Rank) -> Process:
+        yield from self._pieces(state, self.plans[state.number])
+        yield from list(state.tails.values())
+
+    def _kind(self, action: Action) -> tuple[Program, Mapping[str, Template]]:
+        """Return the variant that an action runs; after the pieces all are alike."""
+        if is_ending(action):
+            return self.program, self.laid
+        return self.variants[self.pieces[action.microbatch].variant]
 
     def template(self, action: Action) -> Template:
-        """Return what an action does to its rank, at its microbatch's length."""
-        return self.variants[self.lengths[action.microbatch]][1][action.body]
+        """Return what an action does to its rank, at the length of its piece."""
+        return self._kind(action)[1][action.body]
 
     def message(self, action: Action) -> Op:
-        """Return the op of a message, at its microbatch's length."""
-        return only_op(self.variants[self.lengths[action.microbatch]][0], action)
+        """Return the op of a message, at the length of its piece."""
+        return only_op(self._kind(action)[0], action)
+
+    def _whole(self, state: _Rank, action: Action) -> Process:
+        if action.kind == "F" and self.sharing[action.microbatch] > 1:
+            yield from self._assemble(state, action)
+        yield from Engine._whole(self, state, action)
+
+    def _assemble(self, state: _Rank, action: Action) -> Process:
+        """Wait until every lane of the piece's group is done with what came before."""
+        at = state.clock.at
+        yield self.env.timeout(max(0.0, at.get(COMPUTE, 0.0) - float(self.env.now)))
+        key = "piece", action.stage, action.microbatch
+        meeting = self._meet(key, self.sharing[action.microbatch])
+        yield meeting.ready
+        at[COMPUTE] = max(at.get(COMPUTE, 0.0), float(self.env.now))
 
 
 def count_ops(program: Program) -> int:

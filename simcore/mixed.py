@@ -156,6 +156,11 @@ def check_mixed(model: ModelSpec, parallel: ParallelStrategy) -> None:
             "a capacity_factor would let padding take the place of tokens: leave "
             "[parallel].capacity_factor out where lengths differ."
         )
+    if max(parallel.stream_chunks, parallel.loss_chunks) > 1:
+        raise InputError(
+            "streamed layers and losses need sequences of one length: leave "
+            "[parallel].stream_chunks and loss_chunks out."
+        )
     if find_schedule(parallel.schedule).updates:
         raise InputError(
             f"the schedule {parallel.schedule!r} updates weights within a step, which lengths that "
@@ -198,7 +203,7 @@ class MixedProgram:
         last = self.pieces[mine[-1]].variant if mine else IDLE
         return [
             (last, action)
-            if _ends(action) or not mine
+            if is_ending(action) or not mine
             else (
                 self.pieces[mine[action.microbatch]].variant,
                 action._replace(microbatch=mine[action.microbatch]),
@@ -207,7 +212,7 @@ class MixedProgram:
         ]
 
 
-def _ends(action: Action) -> bool:
+def is_ending(action: Action) -> bool:
     """Whether an action comes after all pieces."""
     return action.kind == "O" or action.kind.startswith("TIE")
 
@@ -237,7 +242,7 @@ def _idle(program: Program) -> Program:
             bodies[f"{stage}R"] = tuple(
                 call for call in program.bodies[f"{stage}{kind}"] if call.block.endswith(".reduce")
             )
-        ends = [a for a in actions if _ends(a)]
+        ends = [a for a in actions if is_ending(a)]
         order.append((*(Action(a.stage, "R", 0) for a in mine), *ends))
     used = {action.body for actions in order for action in actions}
     return replace(

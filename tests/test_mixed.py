@@ -206,6 +206,7 @@ def test_what_cannot_share_a_step_is_refused() -> None:
     refused("ep 2 exchanges rows", shape=MIXTRAL, dp_replicate=2, ep=2)
     refused("capacity_factor", shape=MIXTRAL, dp_replicate=2, capacity_factor=1.0)
     refused("updates weights within", dp_replicate=2, schedule="pipedream")
+    refused("streamed layers", dp_replicate=2, loss_chunks=2)
     refused("not causal", shape=replace(LLAMA, causal=False), dp_replicate=2)
     refused("stay together", dp_replicate=2, pp=2)
     refused("runs 4 sequences", ON_TWO[1:], dp_replicate=2)
