@@ -325,7 +325,7 @@ class Interpreter:
             found = self._existing(op.writes[0], layer, microbatch)
         else:
             key, found = (op.stream, layer, microbatch), None
-        if op.kind in ("send", "all_reduce"):
+        if op.kind in ("send", "all_reduce", "quorum_reduce"):
             target = reads[0].contiguous()
         else:
             target = found if found is not None else self._empty(op.writes[0])
@@ -353,6 +353,9 @@ class Interpreter:
             return call(target, op.group, op.attrs["channel"], op.attrs["peer"], tag)  # type: ignore[no-any-return]
         if op.kind == "all_reduce":
             return self.transport.all_reduce(target, op.group)
+        if op.kind == "quorum_reduce":
+            return self.transport.quorum_reduce(target, reads[1], op.group)
         call = getattr(self.transport, op.kind)
-        how = {name: op.attrs[name] for name in ("distance", "senders") if name in op.attrs}
+        known = ("distance", "senders", "backups")
+        how = {name: op.attrs[name] for name in known if name in op.attrs}
         return call(target, reads[0].contiguous(), op.group, **how)  # type: ignore[no-any-return]

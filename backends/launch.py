@@ -60,6 +60,7 @@ class RunOptions:
     track_memory: bool = False
     count_flops: bool = False
     timeout_s: float = 300.0  # for one job
+    delay_s: Mapping[str, float] = field(default_factory=dict)  # by rank, in every training step
     fault: Mapping[str, Any] | None = None
 
 

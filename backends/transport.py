@@ -6,6 +6,7 @@ were really passed, in nccl-tests' convention.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,15 @@ def _started(handle: Any) -> Handle:
     return found
 
 
+# Every rank takes part in every quorum of its group, so all count alike over a process's jobs.
+_QUORUMS = itertools.count()
+
+
+def default_store() -> Any:
+    """Return the key-value store through which the ranks met."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def group_names(programs: Iterable[Program]) -> set[str]:
     """Return the groups and channels that the programs communicate over."""
     return {
@@ -98,6 +108,7 @@ class Distributed:
         self.recorded: Counter[tuple[str, str]] = beside.recorded if beside else Counter()
         self.made: dict[tuple[str, tuple[int, ...]], Any] = beside.made if beside else {}
         self.groups = {name: self._make(name) for name in sorted(groups)}
+        self.unclaimed: list[tuple[Handle, Tensor]] = []  # sent to members that come late
 
     def _make(self, name: str) -> Any:
         """Create every group along ``name`` on all ranks; return the own one."""
@@ -118,6 +129,9 @@ class Distributed:
 
     def close(self) -> None:
         """Destroy the process groups."""
+        for handle, _ in self.unclaimed:
+            handle.wait()
+        self.unclaimed.clear()
         for (_, ranks), group in self.made.items():
             if self.rank in ranks:
                 dist.destroy_process_group(group)
@@ -170,6 +184,50 @@ class Distributed:
         if not senders or senders[previous]:
             messages.append(dist.P2POp(dist.irecv, out, ranks[previous], where))
         return Several(dist.batch_isend_irecv(messages) if messages else ())
+
+    def quorum(self, out: Tensor, tensor: Tensor, group: str, backups: int) -> Handle:
+        """Mark in ``out`` which members come before the last ``backups``; return once known.
+
+        Members take numbers from the process group's store, which hands out each once.
+        """
+        self._record("quorum", group, out)
+        ranks, store = group_ranks(self.mesh, group, self.rank), default_store()
+        name, counted = f"quorum/{ranks[0]}/{next(_QUORUMS)}", len(ranks) - backups
+        place = store.add(name, 1)
+        if place <= counted:
+            store.set(f"{name}/{place}", str(ranks.index(self.rank)))
+        out.zero_()
+        out[[int(store.get(f"{name}/{first + 1}")) for first in range(counted)]] = 1
+        return Done()
+
+    def quorum_reduce(self, tensor: Tensor, counted: Tensor, group: str) -> Handle:
+        """Make ``tensor`` the mean of the counted members' tensors, times the members.
+
+        The first of them sums and sends to all; it does not wait for those that were not counted.
+        """
+        self._record("quorum_reduce", group, tensor)
+        ranks, where = group_ranks(self.mesh, group, self.rank), self.groups[group]
+        members = [rank for rank, mark in zip(ranks, counted.tolist(), strict=True) if mark]
+        root = members[0]
+        if self.rank in members[1:]:
+            dist.send(tensor, root, where)
+        if self.rank != root:
+            dist.recv(tensor, root, where)
+            return Done()
+        part = torch.empty_like(tensor)
+        for member in members[1:]:
+            dist.recv(part, member, where)
+            tensor.add_(part)
+        tensor.mul_(len(ranks) / len(members))
+        given = tensor.clone()  # stays as it is until the last one has come for it
+        for rank in ranks:
+            if rank != root:
+                sent = _started(dist.isend(given, rank, where))
+                if rank in members:
+                    sent.wait()
+                else:
+                    self.unclaimed.append((sent, given))
+        return Done()
 
     def _peer(self, group: str, step: int) -> int:
         ranks = group_ranks(self.mesh, group, self.rank)
@@ -239,6 +297,18 @@ class Local:
         here = group_ranks(self.mesh, group, self.rank).index(self.rank)
         self._record("ring_shift", group, tensor, sends=not senders or senders[here])
         out.copy_(tensor)
+        return Done()
+
+    def quorum(self, out: Tensor, tensor: Tensor, group: str, backups: int) -> Handle:
+        """Count every member."""
+        self._record("quorum", group, out)
+        out.fill_(1)
+        return Done()
+
+    def quorum_reduce(self, tensor: Tensor, counted: Tensor, group: str) -> Handle:
+        """Read and write the tensor once."""
+        self._record("quorum_reduce", group, tensor)
+        tensor.mul_(1.0)
         return Done()
 
     def send(self, tensor: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:

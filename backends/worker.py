@@ -61,6 +61,7 @@ RUN: dict[str, Any] = {
     "track_memory": False,
     "count_flops": False,
     "timeout_s": 300.0,
+    "delay_s": {},  # rank (as text) -> seconds that it is held up in every training step
     "fault": None,  # for tests: {"rank": r, "kind": "exit" | "hang" | "raise"}
 }
 
@@ -80,19 +81,21 @@ class Training:
 
     interpreters: list[Interpreter]
     data: Mapping[tuple[str, int], Tensor]
+    delay_s: float = 0.0  # of every step
 
     @classmethod
-    def of(cls, interpreter: Interpreter) -> Training:
+    def of(cls, interpreter: Interpreter, delay_s: float) -> Training:
         """Prepare a rank for its steps."""
         interpreter.prepare()
         data = training_data(
             interpreter.program, interpreter.rank, interpreter.seed, interpreter.device
         )
-        return cls([interpreter], data)
+        return cls([interpreter], data, delay_s)
 
     def once(self) -> dict[str, Any]:
         """Run one step; the loss is this replica's share of the mean."""
         runner = self.interpreters[0]
+        time.sleep(self.delay_s)
         runner.run_step(self.data)
         losses = runner.results.get("loss", [])
         updates = runner.program.info.get("updates", 1)  # each with the mean over its own batch
@@ -298,7 +301,8 @@ def make_runner(
     if mixed is not None:
         return MixedTraining.of(interpreters, mixed), transport
     if table is None:
-        return Training.of(interpreters[0]), transport
+        delay_s = float(run["delay_s"].get(str(transport.rank), 0.0))
+        return Training.of(interpreters[0], delay_s), transport
     return Generating.of(interpreters[0], interpreters[1], table), transport
 
 

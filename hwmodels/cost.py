@@ -94,7 +94,10 @@ class ClusterCost:
         if "beside_bytes" in op.attrs and not is_mesh(self.cluster):
             payload = payload + op.attrs["beside_bytes"]  # both ways leave through one port
         group = self.layout(op.group)
-        return collective_seconds(called(op), payload, group, fit=fit, dtype=op.dtype)
+        return sum(
+            collective_seconds(name, payload, group, fit=fit, dtype=op.dtype)
+            for name in CALLED.get(op.kind, (op.kind,))
+        )
 
     def _kernel_seconds(self, op: Op) -> Size:
         if op.kind == "alias":
@@ -199,9 +202,17 @@ class ClusterCost:
         return list(max_min_rates(paths, self.topology.capacities))
 
 
+# Ops that are others, by nccl-tests' names, one after the other.
+CALLED = {
+    "ring_shift": ("send_recv",),
+    "quorum": ("all_gather",),
+    "quorum_reduce": ("reduce", "broadcast"),
+}
+
+
 def called(op: Op) -> str:
-    """Return the collective, by nccl-tests' name, that an op runs."""
-    return "send_recv" if op.kind == "ring_shift" else op.kind
+    """Return the collective, by nccl-tests' name, that an op runs, or the first of them."""
+    return CALLED.get(op.kind, (op.kind,))[0]
 
 
 def _inner(mesh: Mapping[str, int], axis: str) -> int:

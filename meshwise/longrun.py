@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from meshwise.setting import Setting
@@ -32,9 +34,13 @@ def run_metrics(
         return {}, (), ()
     cluster, given = setting.cluster, scenario.faults
     faults = given.faults(cluster.world, cluster.nodes) if given else no_faults()
-    slow = given.slow() if given else Slow()
+    parallel = scenario.strategy()
+    backups = parallel.backup_workers if parallel else 0
+    slow = replace(given.slow() if given else Slow(), spared=backups)
     busiest = max(timeline.times.values(), key=lambda times: times.compute_s)
     tokens = table.global_batch * table.seq_len
+    if parallel and backups:  # what is dropped teaches nothing
+        tokens = tokens * (parallel.dp - backups) // parallel.dp
     step = Step(timeline.step_s, busiest.compute_s, busiest.exposed_s, tokens)
     budget, price = Budget(table.tokens, table.steps), cluster.chip.price_per_hour
     metrics, reason = forecast(step, budget, cluster.world, faults, slow, price)

@@ -141,6 +141,7 @@ class _Meeting:
     expected: int
     ready: simpy.Event
     done: simpy.Event
+    late: int = 0  # ranks that come after it has begun
     arrived: int = 0
 
 
@@ -177,6 +178,7 @@ class Engine:
     bench: Workbench = field(init=False)
     prices: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
     states: dict[int, _Rank] = field(default_factory=dict)
+    finished: list[float] = field(default_factory=list)  # when each rank was, one after the other
 
     def __post_init__(self) -> None:
         self.links = FluidLinks(self.env, self.network)
@@ -197,13 +199,19 @@ class Engine:
         if not everything.triggered:
             raise RuntimeError("the order deadlocks: some ranks wait for messages never sent")
         if self.detail:
-            return timeline(self.spans, float(self.env.now))
+            return timeline(self.spans, self._ends())
         step = max(max(state.clock.at.values()) for state in self.states.values())
         return Timeline(
             step,
             tuple(self.spans),
             {rank: state.clock.times(step) for rank, state in self.states.items()},
         )
+
+    def _ends(self) -> float:
+        """Return when the step ends: with the last rank, or with the last that it waits for."""
+        backups = int(self.program.info.get("backups", 0))
+        spared = backups if len(self.finished) == self.program.world else 0
+        return self.finished[len(self.finished) - 1 - spared]
 
     # -- ranks ---------------------------------------------------------------------------------
 
@@ -215,6 +223,7 @@ class Engine:
         else:
             yield from self._pieces(state, actions)
         yield from list(state.tails.values())
+        self.finished.append(float(self.env.now))
 
     def _pieces(self, state: _Rank, actions: Sequence[Action]) -> Process:
         """Run actions as wholes. A host that launches ahead has posted every receive before."""
@@ -366,13 +375,15 @@ class Engine:
                 )
             )
 
-    def _meet(self, key: Any, expected: int) -> _Meeting:
+    def _meet(self, key: Any, expected: int, late: int = 0) -> _Meeting:
+        """Join a meeting that begins when ``expected`` have come; ``late`` more come then."""
         if key not in self.meetings:
-            self.meetings[key] = _Meeting(expected, self.env.event(), self.env.event())
+            self.meetings[key] = _Meeting(expected, self.env.event(), self.env.event(), late)
         meeting = self.meetings[key]
         meeting.arrived += 1
         if meeting.arrived == meeting.expected:
             meeting.ready.succeed()
+        if meeting.arrived == meeting.expected + meeting.late:
             del self.meetings[key]
         return meeting
 
@@ -384,7 +395,8 @@ class Engine:
         present = [rank for rank in members if rank in self.states]
         number = state.counts[op.group] = state.counts.get(op.group, 0) + 1
         if len(present) > 1:
-            meeting = self._meet((op.group, members[0], number), len(present))
+            late = op.attrs.get("backups", 0) if len(present) == len(members) else 0
+            meeting = self._meet((op.group, members[0], number), len(present) - late, late)
             yield meeting.ready
         begun.succeed()
         start = float(self.env.now)

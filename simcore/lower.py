@@ -32,6 +32,7 @@ from simcore.pipelines.asynchronous import group_reduces, update_group, versions
 from simcore.pipelines.orders import Order, is_split
 from simcore.pipelines.placement import Placement, last_reduces, with_messages
 from simcore.program import MIRROR, Action, Block, Call, Program
+from simcore.quorum import check_backups, quorum, quorum_reduce
 from simcore.recompute import check_recompute, recompute_ops, recomputed_layers
 from simcore.schedules import find_schedule
 from simcore.strategy import (
@@ -54,6 +55,7 @@ from simcore.workloads import Generation, TrainStep
 
 UNITS = ("embed", "layer", LAYER, "head")
 PARTS = {LAYER: (LAYER, EXPERTS)}  # units of which several flat buffers hold the weights
+QUORUM = "quorum"  # the block that finds which data ranks count
 OPTIMIZER_STATES = {"adam": ("m", "v"), "adamw": ("m", "v")}
 
 
@@ -245,6 +247,9 @@ class _Lowering:
     def _sums(self, unit: str, n: Size) -> list[Op]:
         """Sum gradients over data ranks."""
         shards, dtype = self.sharding(unit), self.grads_dtype
+        backups = self.parallel.backup_workers
+        if backups:
+            return [quorum_reduce(self.buffers, unit, shards.replicas, backups)]
         ops: list[Op] = []
         whole = f"{unit}.g"
         if shards.stage:
@@ -385,6 +390,7 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         )
 
     always = low.shards.stage >= 2
+    backups = low.parallel.backup_workers
     layers = [unit.layer for unit in units if unit.block in ("layer", LAYER)]
     repeated = recomputed_layers(low.parallel, stage, layers)
 
@@ -392,7 +398,7 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         return present(unit, "R") if unit.layer in repeated else []
 
     def back(unit: Call, last: bool) -> list[Call]:
-        reduce = present(unit, "reduce") if always or last else []
+        reduce = present(unit, "reduce") if always or (last and not backups) else []
         return [*first(unit, "clear"), *again(unit), *present(unit, "B"), *reduce]
 
     def backs(last: bool) -> list[list[Call]]:
@@ -402,6 +408,8 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
         for index, unit in enumerate(reverse):
             later = present(unit, "settle") if always or last else []
             found[min(index + 1, len(found) - 1)] += later
+        if last and backups:
+            found[-1] += [Call(QUORUM, 0), *(c for u in reverse for c in present(u, "reduce"))]
         return found
 
     reverse = units[::-1]
@@ -476,6 +484,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     check_recompute(parallel, stage_layers(model, parallel))
     shards = Sharding.of(parallel)
     summed = schedule.copies > 1 or (model.tied_embeddings and parallel.pp > 1)
+    check_backups(model, parallel, streams=schedule.updates is not None)
     check_codecs(parallel, replicas=bool(shards.stage and shards.replicas), summed=summed)
     length = workload.seq_len // parallel.cp
     check_streaming(model, parallel, length, split_backward=is_split(orders))
@@ -501,6 +510,9 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     _backward_blocks(low)
     for unit in UNITS:
         low.sharding_blocks(unit)
+    if parallel.backup_workers:
+        backups, replicas = parallel.backup_workers, low.shards.replicas
+        low.blocks[QUORUM] = (quorum(low.buffers, "embed", replicas, parallel.dp, backups),)
     bodies = _pipeline_bodies(low, tp.local(rows.tokens) * model.hidden, placement)
     if schedule.updates:
         found = schedule.updates
@@ -524,6 +536,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         "keep": ("loss",),
         "schedule": parallel.schedule,
         "updates": updates,
+        "backups": parallel.backup_workers,
     }
     return replace(_program(low, bodies, order, placement, info), versions=versions)
 

@@ -281,7 +281,10 @@ def _collective(op: Op) -> Work:
 
 
 COMMUNICATION = frozenset(
-    {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring_shift", "send", "recv"}
+    {
+        *("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring_shift"),
+        *("quorum", "quorum_reduce", "send", "recv"),
+    }
 )
 
 WORK: dict[str, Callable[[Op], Work]] = {
@@ -340,6 +343,8 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "reduce_scatter": _collective,
     "all_to_all": _collective,
     "ring_shift": _collective,
+    "quorum": _collective,
+    "quorum_reduce": _collective,
     "send": _collective,
     "recv": _collective,
 }

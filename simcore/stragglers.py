@@ -74,12 +74,14 @@ class Slow:
     """Slow parts: the chance that one is slow in a step, and how many times longer it then takes.
 
     ``rank`` factors stretch compute, ``link`` factors stretch communication that nothing hides.
+    ``spared``: slow ranks that a step does not wait for.
     """
 
     rank_chance: float = 0.0
     rank_factor: float = 1.0
     link_chance: float = 0.0
     link_factor: float = 1.0
+    spared: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rank", "link"):
@@ -95,6 +97,21 @@ def chance_of_any(chance: float, count: int) -> float:
     return 1.0 if chance >= 1 else -math.expm1(count * math.log1p(-chance))
 
 
+def chance_of_more(chance: float, count: int, spared: int) -> float:
+    """Return the chance that more than ``spared`` of ``count`` independent parts are slow."""
+    if spared == 0 or chance in (0, 1):
+        return chance_of_any(chance, count) if count > spared else 0.0
+    terms = (
+        math.lgamma(count + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(count - k + 1)
+        + k * math.log(chance)
+        + (count - k) * math.log1p(-chance)
+        for k in range(spared + 1, count + 1)
+    )
+    return min(1.0, math.fsum(map(math.exp, terms)))
+
+
 def slowed_step_s(
     step_s: float, compute_s: float, exposed_s: float, devices: int, slow: Slow
 ) -> float:
@@ -104,7 +121,8 @@ def slowed_step_s(
     A slow rank delays the step by all that its compute takes longer, as it does where no slack
     hides it: an upper bound in pipelines.
     """
-    ranks = chance_of_any(slow.rank_chance, devices) * (slow.rank_factor - 1) * compute_s
+    waits = chance_of_more(slow.rank_chance, devices, slow.spared)
+    ranks = waits * (slow.rank_factor - 1) * compute_s
     links = chance_of_any(slow.link_chance, devices) * (slow.link_factor - 1) * exposed_s
     return step_s + ranks + links
 

@@ -36,6 +36,7 @@ class ParallelStrategy:
     layers_per_stage: tuple[int, ...] = ()
     zero_stage: int | None = None  # None: 3 where dp_shard > 1, else 0
     sequence_parallel: bool = False
+    backup_workers: int = 0  # data ranks whose gradients a step does not wait for
     grad_codec: str = "none"  # how gradients are coded where data ranks sum them
     error_feedback: bool = False
     act_codec: str = "none"  # how activations and their gradients are coded between stages

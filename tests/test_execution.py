@@ -540,6 +540,8 @@ def test_cases_cover_every_kind_of_work() -> None:
     programs.append(lower_training(replace(GPT2, activation="relu"), ParallelStrategy(), TRAIN))
     coded = ParallelStrategy(pp=2, act_codec="int8")
     programs.append(lower_training(LLAMA, coded, TRAIN))
+    backed = ParallelStrategy(dp_replicate=2, backup_workers=1)
+    programs.append(lower_training(LLAMA, backed, TRAIN))
     kinds = {op.kind for p in programs for block in p.blocks.values() for op in block.ops}
     assert kinds == set(WORK)
     assert math.isfinite(sum(step_totals(p, 0).flops for p in programs))

@@ -133,6 +133,11 @@ class ParallelTable(Table):
         None,
     )
     sequence_parallel: Flag = key_of("Whether norms shard the sequence over tp ranks.", False)
+    backup_workers: Annotated[int, Strict(), Field(ge=0, le=1_000_000)] = key_of(
+        "Data ranks that a step does not wait for; the gradients of the last ones are dropped.",
+        0,
+        unit="ranks",
+    )
     grad_codec: CodecName = key_of("8-bit code in which data ranks exchange gradients.", "none")
     error_feedback: Flag = key_of(
         "Whether what coding gradients loses is added to those of the next step.", False
