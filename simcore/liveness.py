@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from simcore.ops import Buffer, Op
@@ -35,27 +35,47 @@ def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ..
     that writes a buffer whole, without reading it.
     """
     keep = set(program.info.get("keep", ()))
+    touched = {name: _touches(program, block.ops) for name, block in program.blocks.items()}
     found: dict[str, dict[Position, tuple[Key, ...]]] = {}
     for chain in sequences(program, rank):
         last: dict[Key, tuple[str, Position]] = {}
         for body in chain:
             inside: dict[Key, tuple[str, Position]] = {}
-            for where, layer, op in positions(program, body):
-                read = {program.key(name, layer, 0) for name in op.reads}
-                written = {program.key(name, layer, 0): name for name in op.writes}
-                for key, name in written.items():
-                    if key not in read and not program.buffer(name).base:
-                        for table in (last, inside):
+            for number, call in enumerate(program.bodies[body]):
+                for index, touches in enumerate(touched[call.block]):
+                    where = number, index
+                    for name, above, each, _, fresh in touches:
+                        key = name, call.layer + above if above >= 0 else -1, each
+                        for table in (last, inside) if fresh else ():
                             if key in table:
                                 _collect(found, {key: table[key]})
-                for key in read.union(written):
-                    scope = program.buffers[key[0]].scope
-                    if scope == "act" and key[0] not in keep:
-                        last[key] = (body, where)
-                    elif scope == "work":
-                        inside[key] = (body, where)
+                    for name, above, each, scope, _ in touches:
+                        key = name, call.layer + above if above >= 0 else -1, each
+                        if scope == "act" and name not in keep:
+                            last[key] = (body, where)
+                        elif scope == "work":
+                            inside[key] = (body, where)
             _collect(found, inside)
         _collect(found, last)
+    return found
+
+
+# What an op touches: the buffer's name, its layer from the call's (-1: none), its microbatch (-1:
+# none), its scope, and whether the op defines it anew.
+Touch = tuple[str, int, int, str, bool]
+
+
+def _touches(program: Program, ops: Sequence[Op]) -> list[list[Touch]]:
+    """Return what each op of a block touches, every buffer once."""
+    found = []
+    for op in ops:
+        read = {program.key(name, 0, 0) for name in op.reads}
+        touches: dict[Key, Touch] = {}
+        for name in (*op.reads, *op.writes):
+            key = program.key(name, 0, 0)
+            fresh = name in op.writes and key not in read and not program.buffer(name).base
+            touches[key] = (*key, program.buffers[key[0]].scope, fresh)
+        found.append(list(touches.values()))
     return found
 
 
@@ -102,7 +122,7 @@ def residents(program: Program, rank: int) -> Residents:
                     seen[key] = buffer, held.kept if held and buffer.scope == "weight" else 1
     parts = dict.fromkeys(PARTS.values(), 0.0)
     for buffer, copies in seen.values():
-        parts[PARTS[buffer.scope]] += float(buffer.size_bytes) * copies
+        parts[PARTS[buffer.scope]] += float(buffer.held_bytes) * copies
     return Residents(parts)
 
 
@@ -122,7 +142,7 @@ class _Heap:
         """Make ``key`` name ``storage``, or a new one where it is None."""
         if storage is None:
             storage = self.fresh = self.fresh + 1
-            size = float(self.program.buffers[key[0]].size_bytes)
+            size = float(self.program.buffers[key[0]].held_bytes)
             self.sizes[storage], self.refs[storage] = size, 0
             self.now += size
             self.peak = max(self.peak, self.now)

@@ -66,6 +66,7 @@ class Buffer:
     init: str = "normal"  # normal, ones, zeros
     experts: int = 0  # expert weights: how many the layer has, of which this rank holds dims[0]
     expert_group: str = ""  # the group that shares them out
+    beside_bytes: Size = 0  # what a framework keeps with it, for as long as it lives
 
     @property
     def elements(self) -> Size:
@@ -79,6 +80,11 @@ class Buffer:
     def size_bytes(self) -> Size:
         """Bytes held by this rank."""
         return self.elements * dtype_bytes(self.dtype)
+
+    @property
+    def held_bytes(self) -> Size:
+        """Bytes held by this rank, what lives beside the tensor included."""
+        return self.size_bytes + self.beside_bytes
 
 
 @dataclass(frozen=True, slots=True)
