@@ -51,10 +51,12 @@ def _microbatch(
     device: torch.device,
 ) -> dict[tuple[str, int], Tensor]:
     """Return the rank's part of the rows [batch, seq_len] of a microbatch."""
-    mine = torch.from_numpy(rank_positions(program, rank))
+    mine, judged = (
+        torch.from_numpy(rank_positions(program, rank, last=last)) for last in (False, True)
+    )
     return {
         ("tokens", microbatch): tokens[:, mine].reshape(-1).to(device),
-        ("targets", microbatch): targets[:, mine].reshape(-1).to(device),
+        ("targets", microbatch): targets[:, judged].reshape(-1).to(device),
         ("positions", microbatch): mine.repeat(len(tokens)).to(device),
     }
 

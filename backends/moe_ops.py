@@ -88,11 +88,12 @@ def _combine_backward(ctx: Any, op: Op, reads: Results, outs: Outs) -> Results:
 
 
 def _swap_blocks(ctx: Any, op: Op, reads: Results, outs: Outs) -> Results:
-    """Reorder blocks [outer, inner] of rows as [inner, outer]."""
+    """Reorder blocks [outer, inner] of rows as [inner, outer], in each of a batch of them."""
     (x,) = reads
-    outer, inner = op.attrs["outer"], op.attrs["inner"]
+    batch, outer, inner = op.attrs.get("batch", 1), op.attrs["outer"], op.attrs["inner"]
     result = torch.empty_like(x)
-    result.view(inner, outer, -1).copy_(x.view(outer, inner, -1).transpose(0, 1))
+    turned = x.view(batch, outer, inner, -1).transpose(1, 2)
+    result.view(batch, inner, outer, -1).copy_(turned)
     return (result,)
 
 

@@ -262,7 +262,7 @@ def _combine(op: Op, tape: Tape) -> None:
 
 
 def _swap_blocks(op: Op, tape: Tape) -> None:
-    attrs = {"outer": op.attrs["inner"], "inner": op.attrs["outer"]}
+    attrs = {**op.attrs, "outer": op.attrs["inner"], "inner": op.attrs["outer"]}
     tape.contribute(op.reads[0], op.kind, op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs)
 
 

@@ -13,10 +13,11 @@ from dataclasses import astuple, dataclass, field, replace
 import numpy as np
 
 from simcore.adjoints import Tape, backward
+from simcore.axes import SPACE, TIME, check_grid, grid_of, sharded_axes, turn, turns
 from simcore.codecs import CodedSum, check_codecs, coded_boundary, coded_bytes, coded_sum
 from simcore.dtypes import DTYPE_BYTES
 from simcore.errors import InputError, unknown
-from simcore.models import ModelSpec, is_moe_layer
+from simcore.models import GRID, ModelSpec, is_moe_layer, mixer_of
 from simcore.moe import EXPERTS, LAYER, ExpertGrid, moe_block
 from simcore.network import (
     TRAINABLE,
@@ -53,7 +54,8 @@ from simcore.streaming import (
 )
 from simcore.workloads import Generation, TrainStep
 
-UNITS = ("embed", "layer", LAYER, "head")
+LAYERS = ("layer", *GRID, LAYER)  # units that layers are: see `layer_unit`
+UNITS = ("embed", *LAYERS, "head")
 PARTS = {LAYER: (LAYER, EXPERTS)}  # units of which several flat buffers hold the weights
 QUORUM = "quorum"  # the block that finds which data ranks count
 OPTIMIZER_STATES = {"adam": ("m", "v"), "adamw": ("m", "v")}
@@ -305,15 +307,18 @@ def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: 
     buffers, model = low.buffers, low.model
     buffers["positions"] = Buffer((rows.tokens,), "int64", "data", layered=False)
     low.add("embed.F", embed_block(model, tp, rows, buffers))
-    experts = [is_moe_layer(model, layer) for layer in range(model.layers)]
+    units = {layer_unit(model, layer) for layer in range(model.layers)}
     streamed = low.parallel.stream_chunks
     if streamed > 1:
         chunk = layer_block(model, tp, replace(rows, new=rows.new // streamed), buffers)
         low.chunks["layer"] = layer_chunks(chunk, buffers, rows.batch, streamed)
         low.add("layer.F", layer_forward(low.chunks["layer"]))
-    elif not all(experts):
+    elif "layer" in units:
         low.add("layer.F", layer_block(model, tp, rows, buffers))
-    if any(experts):
+    for mixer in units.intersection(GRID):
+        found = layer_block(model, tp, rows, buffers, prefix=mixer, mixer=mixer)
+        low.add(f"{mixer}.F", found)
+    if LAYER in units:
         grid = ExpertGrid.of(low.parallel)
         low.add(f"{LAYER}.F", moe_block(model, tp, rows, buffers, grid))
     count = low.parallel.loss_chunks or streamed
@@ -329,7 +334,7 @@ def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: 
 
 
 def _backward_blocks(low: _Lowering) -> None:
-    outputs = {"embed": ("h",), "layer": ("h+",), LAYER: ("h+",), "head": ()}
+    outputs = {"embed": ("h",), **dict.fromkeys(LAYERS, ("h+",)), "head": ()}
     streamed = {"layer": layer_backward, "head": loss_backward}
     for unit, chunks in low.chunks.items():
         low.add(f"{unit}.B", streamed[unit](chunks, low.buffers, backward))
@@ -338,16 +343,38 @@ def _backward_blocks(low: _Lowering) -> None:
         low.add(f"{unit}.B", tape.joined())
         low.add(f"{unit}.I", tape.input_ops)
         low.add(f"{unit}.W", [op for _, op in tape.weight_ops])
-        if unit in ("layer", LAYER):
+        if unit in LAYERS:
             again = recompute_ops(low.parallel, low.blocks[f"{unit}.F"], tape.joined())
             low.add(f"{unit}.R", again)
 
 
-def _units(model: ModelSpec, first: int, count: int, *, embed: bool, head: bool) -> list[Call]:
-    calls = [
-        Call(LAYER if is_moe_layer(model, layer) else "layer", layer)
-        for layer in range(first, first + count)
-    ]
+def layer_unit(model: ModelSpec, layer: int) -> str:
+    """Return the unit that a layer (from 0) is: plain, of a mixer of its own, or with experts."""
+    if is_moe_layer(model, layer):
+        return LAYER
+    mixer = mixer_of(model, layer)
+    return mixer if mixer in LAYERS else "layer"
+
+
+def _turn_blocks(low: _Lowering, batch: Size, length: int) -> None:
+    """Add the units that turn the residual stream from one axis of a grid to the other."""
+    dtype = low.model.compute_dtype
+    for axis in sorted(set(turns(low.model, low.parallel).values())):
+        other = TIME if axis == SPACE else SPACE
+        for name, kinds, to in (("h", "F", axis), ("d.h", "BI", other)):
+            for kind in kinds:
+                grid = grid_of(low.model, length)
+                ops = turn(low.buffers, name, batch, grid, low.parallel.cp, to, dtype)
+                low.add(f"to_{axis}.{kind}", ops)
+
+
+def _units(low: _Lowering, first: int, count: int, *, embed: bool, head: bool) -> list[Call]:
+    model, turned = low.model, turns(low.model, low.parallel)
+    calls = []
+    for layer in range(first, first + count):
+        if layer in turned:
+            calls.append(Call(f"to_{turned[layer]}", layer))
+        calls.append(Call(layer_unit(model, layer), layer))
     if embed:
         calls.insert(0, Call("embed", first))
     if head:
@@ -391,7 +418,7 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
 
     always = low.shards.stage >= 2
     backups = low.parallel.backup_workers
-    layers = [unit.layer for unit in units if unit.block in ("layer", LAYER)]
+    layers = [unit.layer for unit in units if unit.block in LAYERS]
     repeated = recomputed_layers(low.parallel, stage, layers)
 
     def again(unit: Call) -> list[Call]:
@@ -481,6 +508,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     if model.tied_embeddings:
         _check_tied(parallel, orders, placement)
     check_split(model, parallel, workload.seq_len)
+    check_grid(model, parallel, workload.seq_len)
     check_recompute(parallel, stage_layers(model, parallel))
     shards = Sharding.of(parallel)
     summed = schedule.copies > 1 or (model.tied_embeddings and parallel.pp > 1)
@@ -508,6 +536,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     tokens = workload.loss_tokens or workload.global_batch * workload.seq_len
     _forward_blocks(low, tp, rows, updates / tokens)
     _backward_blocks(low)
+    _turn_blocks(low, rows.batch, workload.seq_len)
     for unit in UNITS:
         low.sharding_blocks(unit)
     if parallel.backup_workers:
@@ -538,6 +567,9 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         "updates": updates,
         "backups": parallel.backup_workers,
     }
+    if parallel.split.travels == "nothing":
+        axes = sharded_axes(model)
+        info |= {"frames": model.frames, "axes": (axes[0], axes[-1])}
     return replace(_program(low, bodies, order, placement, info), versions=versions)
 
 
@@ -601,7 +633,7 @@ def _pipeline_bodies(
     for stage in range(len(placement.stage_rank)):
         place = stage % placement.chain
         first, count = sum(layers[:place]), layers[place]
-        units = _units(low.model, first, count, embed=place == 0, head=place == last)
+        units = _units(low, first, count, embed=place == 0, head=place == last)
         bodies |= _stage_bodies(low, stage, units)
         edges = (
             (first, placement.before(stage), ("RECV_F", "SEND_B")),
@@ -717,6 +749,11 @@ def lower_pass(
     if parallel.act_codec != "none":
         raise InputError(
             "[parallel].act_codec serves training alone in this version: remove it to generate."
+        )
+    if model.frames:
+        raise InputError(
+            f"model {model.name!r} attends along the axes of a grid, which is trained only in this "
+            "version: choose a model without frames to generate."
         )
     if parallel.cp > 1:
         raise InputError(

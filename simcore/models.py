@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from simcore.dtypes import DTYPE_BYTES, dtype_bytes
 from simcore.errors import InputError, unknown
 
-MIXERS = ("mha", "gqa", "mqa", "mla", "sliding", "ssm")
+GRID = ("space", "time")  # mixers that attend along one axis of a grid: `simcore.axes`
+MIXERS = ("mha", "gqa", "mqa", "mla", "sliding", *GRID, "ssm")
 FFN_MATRICES = {"gated": 3, "mlp": 2}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rmsnorm", "layernorm")
@@ -76,6 +77,7 @@ class ModelSpec:
     # mixers, one per layer: mha, gqa, mqa, mla, sliding, ssm. Empty: full attention everywhere
     mixers: tuple[str, ...] = ()
     sliding_window: int = 0  # keys that a sliding layer sees, the query's own included
+    frames: int = 0  # of a sequence, for layers that attend in space (a frame) or in time
     # state-space layers (mamba2)
     ssm_state: int = 0
     ssm_heads: int = 0
@@ -175,6 +177,7 @@ _MIXER_PARAMETERS: dict[str, Callable[[ModelSpec], int]] = {
     "gqa": _attention,
     "mqa": _attention,
     "sliding": _attention,
+    **dict.fromkeys(GRID, _attention),
     "mla": _mla,
     "ssm": _ssm,
 }
@@ -313,7 +316,8 @@ def _mixing_flops(model: ModelSpec, mixer: str, seq_len: int, causal: bool) -> i
     if mixer == "ssm":
         return 4 * seq_len * model.ssm_heads * model.ssm_head_dim * model.ssm_state
     window = model.sliding_window if mixer == "sliding" else 0
-    pairs = attended_pairs(seq_len, window, causal and model.causal)
+    rows = {"space": seq_len // max(model.frames, 1), "time": model.frames}.get(mixer, seq_len)
+    pairs = seq_len / rows * attended_pairs(rows, window, causal and model.causal)
     return int(2 * pairs * _score_and_value_width(model, mixer))
 
 
@@ -464,6 +468,8 @@ def _check_mixers(model: ModelSpec) -> None:
         _check_mla(model)
     if "ssm" in used:
         _check_ssm(model)
+    if used.intersection(GRID) and model.frames < 1:
+        raise _fail(model, "layers in space or time without frames", "set frames (of a sequence)")
     if "sliding" in used and model.sliding_window < 1:
         raise _fail(model, "sliding layers without a sliding_window", "set sliding_window (tokens)")
 

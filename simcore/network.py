@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from simcore.axes import attend, local_grid
 from simcore.errors import InputError
-from simcore.models import ModelSpec
+from simcore.models import GRID, ModelSpec
 from simcore.ops import Buffer, Op, Size
-from simcore.ring import split_attention
+from simcore.ring import exchanged, split_attention
 from simcore.sequence import WHOLE, SequenceSplit
 
 
@@ -191,7 +192,9 @@ def _row_bias(b: Builder, model: ModelSpec, y: str, name: str, tokens: Size) -> 
     return b.op("bias", (y, row), (out,), t=tokens, n=model.hidden)
 
 
-def _attention(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: str) -> str:
+def _attention(
+    b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: str, mixer: str
+) -> str:
     """Append grouped-query attention on normed, whole ``x``; return the summed result."""
     tokens, d = rows.tokens, model.head_dim
     heads = tp.split(model.heads)
@@ -229,6 +232,18 @@ def _attention(b: Builder, model: ModelSpec, tp: TensorParallel, rows: Rows, x: 
         qkv = b.op(
             "rope", (qkv, "positions"), (turned,), t=tokens, n=(heads + kv_heads) * d, attrs=attrs
         )
+    if mixer in GRID:
+        out = exchanged(
+            b,
+            rows,
+            qkv,
+            (heads, kv_heads, d),
+            lambda x, sizes: attend(
+                b, rows.batch, local_grid(model, rows.split, rows.new, mixer), mixer, x, sizes,
+                causal=model.causal,
+            ),
+        )  # fmt: skip
+        return _attended(b, model, tp, out, tokens, heads * d)
     if rows.split.degree > 1:
         out = split_attention(b, rows, qkv, heads, kv_heads, d, causal=model.causal)
         return _attended(b, model, tp, out, tokens, heads * d)
@@ -347,16 +362,18 @@ def layer_block(
     *,
     prefix: str = "layer",
     ffn: FeedForward = _dense,
+    mixer: str = "",
 ) -> list[Op]:
     """Return the forward ops of one transformer layer: h -> h+.
 
     ``ffn`` appends the feed-forward part on this rank's normed rows, one after attention only.
+    ``mixer``: how tokens mix; empty: full attention.
     """
     b = Builder(prefix, model.compute_dtype, buffers)
     tokens, local, hidden = rows.tokens, tp.local(rows.tokens), model.hidden
     b.act("h", local, hidden)
     normed = tp.enter(b, _norm(b, model, "h", "n1", local), tokens, hidden)
-    y = _attention(b, model, tp, rows, normed)
+    y = _attention(b, model, tp, rows, normed, mixer)
     if model.parallel_block:
         second = normed
         if model.norms_per_layer > 1:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from simcore.network import Builder, Rows
 
 STREAM = "cp"
+Heads = tuple[int, int, int]  # heads, KV heads, head width
 Sizes = tuple[int, int, int, int, int]  # batch, rows, heads, KV heads, head width
 
 
@@ -34,16 +35,31 @@ def split_attention(
     Return the output, [tokens, heads d], of the same rows.
     """
     split = rows.split
-    pieces = (heads * d, kv_heads * d, kv_heads * d)
-    parts = split.ulysses
-    inside = rows.batch, rows.new * parts, heads // parts, kv_heads // parts, d
-    if parts > 1:
-        qkv = _exchange(b, split, qkv, rows.batch, rows.new, pieces, to_heads=True)
     way = _WAYS[split.travels if split.ring > 1 else ""]
-    out = way(b, Ring(split, inside, causal, b.dtype), qkv)
-    if parts > 1:
-        out = _exchange(b, split, out, rows.batch, rows.new, pieces[:1], to_heads=False)
-    return out
+
+    def attended(x: str, sizes: Heads) -> str:
+        inside = rows.batch, rows.new * split.ulysses, *sizes
+        return way(b, Ring(split, inside, causal, b.dtype), x)
+
+    return exchanged(b, rows, qkv, (heads, kv_heads, d), attended)
+
+
+def exchanged(
+    b: Builder, rows: Rows, qkv: str, sizes: Heads, attended: Callable[[str, Heads], str]
+) -> str:
+    """Append what ``attended`` does, between all-to-alls that trade rows for heads and back.
+
+    ``attended`` is given the packed rows and their heads, and returns the name of its output.
+    Without Ulysses ranks nothing is traded.
+    """
+    heads, kv_heads, d = sizes
+    split, parts = rows.split, rows.split.ulysses
+    if parts == 1:
+        return attended(qkv, sizes)
+    pieces = (heads * d, kv_heads * d, kv_heads * d)
+    qkv = _exchange(b, split, qkv, rows.batch, rows.new, pieces, to_heads=True)
+    out = attended(qkv, (heads // parts, kv_heads // parts, d))
+    return _exchange(b, split, out, rows.batch, rows.new, pieces[:1], to_heads=False)
 
 
 def _exchange(

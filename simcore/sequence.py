@@ -22,6 +22,7 @@ from simcore.program import Program, group_ranks
 # Rows [first, end) of the queries, rows [first, end) of the keys, and whether a causal mask lies
 # on the square between them.
 Tile = tuple[int, int, int, int, bool]
+Positions = NDArray[np.int64]
 NO_TILE: Tile = (0, 0, 0, 0, False)
 
 
@@ -32,7 +33,7 @@ class SequenceSplit:
     ring: int = 1
     ulysses: int = 1
     layout: str = "zigzag"
-    travels: str = "keys"  # keys and values, queries, or both (idle places help: `lightseq`)
+    travels: str = "keys"  # or queries, both (idle places help: `lightseq`), nothing (`axes`)
     window: int = 0  # double ring: places of an inner ring; 0: one ring
 
     @property
@@ -186,14 +187,23 @@ def split_of(program: Program) -> SequenceSplit:
     return SequenceSplit(*program.info.get("split", ()))
 
 
-def rank_positions(program: Program, rank: int) -> NDArray[np.int64]:
-    """Return the positions in a sequence of the rows that ``rank`` holds."""
+def grid_positions(frames: int, length: int, axis: str, ranks: int, place: int) -> Positions:
+    """Return the positions of a rank's rows where ``axis`` of a grid of frames is shared out."""
+    every = np.arange(length).reshape(frames, -1)
+    return np.split(every, ranks, 0 if axis == "time" else 1)[place].ravel()
+
+
+def rank_positions(program: Program, rank: int, *, last: bool = False) -> Positions:
+    """Return the positions in a sequence of the rows that ``rank`` embeds, or judges at last."""
     split = split_of(program)
 
     def index(axis: str) -> int:
         return group_ranks(program.mesh, axis, rank).index(rank)
 
     place = index(split.ring_axis) if split.ring > 1 else 0
+    if "axes" in program.info:
+        frames, axes, length = program.info["frames"], program.info["axes"], program.info["seq_len"]
+        return grid_positions(int(frames), int(length), axes[last], split.ring, place)
     part = index(split.ulysses_axis) if split.ulysses > 1 else 0
     return positions(split, int(program.info["seq_len"]), place, part)
 

@@ -55,8 +55,8 @@ class ParallelStrategy:
     def split(self) -> SequenceSplit:
         """How a sequence is split over the cp ranks."""
         ring = {"ulysses": 1, "usp": self.cp_ring}.get(self.cp_kind, self.cp)
-        travels = {"token_ring": "queries", "lightseq": "both"}.get(self.cp_kind, "keys")
-        layout = "contiguous" if travels == "both" else self.cp_layout
+        travels = TRAVELS.get(self.cp_kind, "keys")
+        layout = "contiguous" if travels in ("both", "nothing") else self.cp_layout
         return SequenceSplit(ring, self.cp // ring, layout, travels, self.cp_window)
 
     @property
@@ -184,8 +184,10 @@ def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> 
     stage_layers(model, parallel)
 
 
-# Keys travel, queries do, either does, rows are traded for heads; usp: ring and ulysses.
-CP_KINDS = ("ring", "token_ring", "lightseq", "ulysses", "usp")
+# Keys travel, queries do, either does, rows are traded for heads, for another axis of a grid; usp:
+# ring and ulysses.
+CP_KINDS = ("ring", "token_ring", "lightseq", "ulysses", "dsp", "usp")
+TRAVELS = {"token_ring": "queries", "lightseq": "both", "dsp": "nothing"}  # else keys
 
 
 def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) -> None:

@@ -229,6 +229,11 @@ def variants(question: Question, mesh: ParallelStrategy) -> Iterator[ParallelStr
 def check(question: Question, parallel: ParallelStrategy) -> None:
     """Raise `InputError` where the strategy cannot be laid out."""
     check_strategy(question.model, parallel, question.cluster.world)
+    if question.model.frames:
+        raise InputError(
+            f"model {question.model.name!r} has layers of two kinds, on the axes of a grid, for "
+            "which no plan is searched in this version: give the strategy in [parallel]."
+        )
     work = question.workload
     if isinstance(work, TrainStep):
         microbatches(parallel, work)

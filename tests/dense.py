@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simcore.models import ModelSpec, is_moe_layer, shared_width
+from simcore.models import GRID, ModelSpec, is_moe_layer, shared_width
 
 EPSILON = 1e-5
 NORMS = {"n1": "n1", "n2": "n2", "after1": "n1.after", "after2": "n2.after", "q": "q", "k": "k"}
@@ -99,6 +99,7 @@ class Layer(nn.Module):
     def __init__(self, model: ModelSpec, number: int) -> None:
         super().__init__()
         self.model = model
+        self.mixer = model.mixers[number] if model.mixers else ""
         norm = RMSNorm if model.norm == "rmsnorm" else LayerNorm
         heads, kv, d = model.heads, model.kv_heads, model.head_dim
         self.n1, self.n2 = norm(model.hidden), norm(model.hidden)
@@ -126,11 +127,17 @@ class Layer(nn.Module):
             q, k = rotate(q), rotate(k)
         k, v = (torch.repeat_interleave(p, h // kv, dim=1) for p in (k, v))
         scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(d)
-        if self.model.causal:
-            later = torch.triu(torch.ones(rows, rows, dtype=torch.bool), 1)
-            scores = scores.masked_fill(later, -torch.inf)
+        scores = scores.masked_fill(~self.sees(rows), -torch.inf)
         mixed = torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v)
         return self.y(mixed.reshape(batch, rows, h * d))
+
+    def sees(self, rows: int) -> Tensor:
+        """Which keys each query attends to: of its frame, of its place, all; earlier ones."""
+        row = torch.arange(rows)
+        places = rows // max(self.model.frames, 1)
+        same = {"space": row // places, "time": row % places}.get(self.mixer, torch.zeros(rows))
+        earlier = row[:, None] >= row if self.model.causal else torch.ones(rows, rows) > 0
+        return (same[:, None] == same) & earlier
 
     def ffn(self, x: Tensor) -> Tensor:
         if hasattr(self, "experts"):
@@ -205,6 +212,7 @@ class Dense(nn.Module):
         for number, layer in enumerate(self.layers):
             experts = getattr(layer, "experts", None)
             unit = "layer" if experts is None else "moe"
+            unit = layer.mixer if layer.mixer in GRID else unit
             for attribute, name in NORMS.items():
                 norm = getattr(layer, attribute, None)
                 for part, value in norm.named_parameters() if norm is not None else ():

@@ -12,8 +12,8 @@ import pytest
 
 from simcore.accounting import step_totals
 from simcore.liveness import activation_peaks, residents
-from simcore.lower import lower_pass, lower_training
-from simcore.models import ModelSpec, is_moe_layer
+from simcore.lower import layer_unit, lower_pass, lower_training
+from simcore.models import ModelSpec
 from simcore.ops import COMMUNICATION, WORK
 from simcore.program import Program, coordinates, group_ranks
 from simcore.strategy import ParallelStrategy
@@ -70,11 +70,23 @@ DEEP_TIED = replace(GPT2, name="deep-gpt2", layers=4)
 MIXTRAL = replace(LLAMA, name="mixtral-like", experts=4, experts_per_token=2, moe_ffn=12, ffn=0)
 SHARED = replace(MIXTRAL, name="shared-like", dense_layers=1, shared_experts=2, ffn=24)
 BOTH_WAYS = replace(LLAMA, name="not-causal", causal=False)
+LATTE = replace(
+    GPT2,
+    name="latte-like",
+    layers=4,
+    causal=False,
+    frames=2,
+    mixers=("space", "time", "time", "space"),
+    tied_embeddings=False,
+)
+OTHER_WAY = replace(LATTE, name="time-first", mixers=("time", "space") * 2, causal=True)
 MODELS = {
     m.name: m
     for m in (
         *(LLAMA, TIED, GPT2, FALCON, GEMMA3, MIXTRAL, SHARED, DEEP, DEEPER, DEEP_TIED),
         BOTH_WAYS,
+        LATTE,
+        OTHER_WAY,
     )
 }
 TRAIN = TrainStep(global_batch=4, seq_len=8)
@@ -235,7 +247,12 @@ CASES = [
         recompute="keep_attention",
     ),
     case("ulysses-not-causal", BOTH_WAYS, cp=2, cp_kind="ulysses"),
+    case("grid", LATTE, microbatch=2),
+    case("dsp", LATTE, cp=2, cp_kind="dsp", microbatch=2, recompute="full"),
+    case("grid-ulysses", LATTE, cp=2, cp_kind="ulysses", microbatch=2),
     # four ranks
+    case("dsp-pp", LATTE, cp=2, cp_kind="dsp", pp=2, schedule="zb_h1", microbatch=2),
+    case("dsp-tp", OTHER_WAY, cp=2, cp_kind="dsp", tp=2),
     case("ring-of-four", cp=4),
     case("ring-of-four-contiguous", cp=4, cp_layout="contiguous"),
     case("ring-of-four-striped", cp=4, cp_layout="striped", zero_stage=2),
@@ -460,10 +477,8 @@ def test_gradient_shards_equal_the_dense_gradients(ran: tuple[Case, RunResult, R
             layered = found.program.buffers[name].layered
             units.add((name.split(".")[0], int(layer) if layered else -1))
             np.testing.assert_allclose(array, expected, rtol=1e-9, atol=1e-13)
-    parts = {True: ("moe", "experts"), False: ("layer",)}
-    layers = {
-        (unit, i) for i in range(found.model.layers) for unit in parts[is_moe_layer(found.model, i)]
-    }
+    layers = {(layer_unit(found.model, i), i) for i in range(found.model.layers)}
+    layers |= {("experts", i) for unit, i in layers if unit == "moe"}
     assert units == {("embed", -1), ("head", -1), *layers}
 
 

@@ -98,6 +98,12 @@ class ModelTable(Table):
         "Mixer of each layer; empty: full attention everywhere.", ()
     )
     sliding_window: OptionalWidth = key_of("Window of the sliding layers.", 0, unit="tokens")
+    frames: OptionalWidth = key_of(
+        "Frames of a sequence, for layers that attend in space (within a frame) or in time (at one "
+        "place, across frames).",
+        0,
+        unit="frames",
+    )
     ssm_state: OptionalWidth = key_of("SSM: size of the state.", 0, unit="elements")
     ssm_heads: OptionalWidth = key_of("SSM: heads.", 0, unit="heads")
     ssm_head_dim: OptionalWidth = key_of("SSM: width of one head.", 0, unit="elements")
@@ -195,6 +201,8 @@ def _model_faults(model: ModelTable) -> Iterator[tuple[str, str]]:
         yield "mixers", f"lists {len(model.mixers)} layers but layers = {layers}."
     if "sliding" in model.mixers and not model.sliding_window:
         yield "sliding_window", "is missing: the sliding layers need it."
+    if {"space", "time"}.intersection(model.mixers) and not model.frames:
+        yield "frames", "is missing: layers in space or time need it."
     if "mla" in model.mixers and not model.kv_lora_rank:
         yield "kv_lora_rank", "is missing: the mla layers need it."
     if model.position == "learned" and not model.max_positions:

@@ -87,10 +87,11 @@ class ParallelTable(Table):
     tp: Degree = key_of("Tensor-parallel degree.", 1, unit="ranks")
     pp: Degree = key_of("Pipeline stages.", 1, unit="ranks")
     cp: Degree = key_of("Ranks that share each sequence.", 1, unit="ranks")
-    cp_kind: Literal["ring", "token_ring", "lightseq", "ulysses", "usp"] = key_of(
+    cp_kind: Literal["ring", "token_ring", "lightseq", "ulysses", "dsp", "usp"] = key_of(
         "How they attend: blocks of keys and values on a ring; queries on a ring, outputs sent "
         "back; keys to later ranks, while idle ranks take over queries; heads traded for rows by "
-        "all-to-all; or ring and all-to-all, cp = cp_ring x cp_ulysses.",
+        "all-to-all; rows of one axis of a grid for those of the other, between layers; or ring "
+        "and all-to-all, cp = cp_ring x cp_ulysses.",
         "ring",
     )
     cp_layout: Literal["zigzag", "striped", "contiguous"] = key_of(
