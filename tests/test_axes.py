@@ -130,7 +130,7 @@ def test_grids_that_do_not_fit_are_refused(
 
 
 def test_no_plan_is_searched_for_a_grid() -> None:
-    question = Question(GRID, TrainStep(8, SEQ), cluster(8))
+    question = Question(GRID, TrainStep(8, SEQ), cluster(8), None, 80e9, 0.0, 1e15)
     with pytest.raises(InputError, match=r"give the strategy in \[parallel\]"):
         check(question, ParallelStrategy(dp_replicate=8))
 
