@@ -40,43 +40,6 @@ def embeddings_agree(ranks: int, count: int, batch: int, dim: int) -> tuple[bool
     return torch.equal(found, exact), wire.sent_bytes
 
 
-def experts_dense(x: Tensor, gate: Tensor, experts: Tensor, top: int) -> Tensor:
-    """Return a mixture of [experts, width, width] layers on [tokens, width]."""
-    weight, chosen = (x @ gate.mT).softmax(-1).topk(top, -1)
-    return sum(
-        (weight[:, i, None] * torch.einsum("tw,two->to", x, experts[chosen[:, i]])
-         for i in range(top)), torch.zeros_like(x),
-    )  # fmt: skip
-
-
-def experts_folded(x: Tensor, gate: Tensor, experts: Tensor, top: int, wire: Wire) -> Tensor:
-    """The same with tokens sharded over all ranks and experts over the same ranks, dropless."""
-    ranks, each = wire.ranks, len(experts) // wire.ranks
-    shards, done = x.chunk(ranks, 0), []
-    outs = [torch.zeros_like(shard) for shard in shards]
-    for r, shard in enumerate(shards):
-        weight, chosen = (shard @ gate.mT).softmax(-1).topk(top, -1)
-        for dst in range(ranks):
-            token, place = ((chosen // each) == dst).nonzero(as_tuple=True)
-            rows = wire.move(r, dst, shard[token])
-            expert = chosen[token, place]
-            got = torch.einsum("tw,two->to", rows, experts[expert])
-            back = wire.move(dst, r, got)
-            outs[r] = outs[r].index_add(0, token, back * weight[token, place, None])
-        done.append(outs[r])
-    return torch.cat(done, 0)
-
-
-def folded_experts_agree(ranks: int = 4) -> bool:
-    """Return whether eight experts over the ranks give what they give on one."""
-    random = torch.Generator().manual_seed(5)
-    x, gate, experts = (
-        torch.randn(s, generator=random, dtype=torch.float64) for s in ((24, 6), (8, 6), (8, 6, 6))
-    )
-    found = experts_folded(x, gate, experts, 2, Wire(ranks))
-    return same([found], [experts_dense(x, gate, experts, 2)])
-
-
 def eight_bit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return a tensor as int8 and the scale of its largest magnitude."""
     scale = x.abs().max() / 127

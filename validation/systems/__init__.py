@@ -30,6 +30,7 @@ MODULES = (
     "training_experts",
     "training_runs",
     "training_pipelines",
+    "training_meshes",
     "training_sequences",
     "training_states",
     "training_balance",

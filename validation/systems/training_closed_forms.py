@@ -178,26 +178,6 @@ def c4_bound(*, gain: float = 1.15) -> Finding:
     )
 
 
-def ulysses_bytes(tokens: float, width: float, ranks: int, element_bytes: int = 2) -> float:
-    """Return bytes that a rank sends in the four all-to-alls of a layer's pass (q, k, v, out)."""
-    shard = tokens / ranks * width * element_bytes
-    return 4 * shard * (ranks - 1) / ranks
-
-
-@check("D40", mutant={"grow": 2})
-def ulysses_volume(*, width: int = 4096, grow: int = 1) -> Finding:
-    """Bytes per rank of Ulysses as tokens and ranks double; ``grow`` more tokens each time."""
-    found = [ulysses_bytes(8192 * 2**i * grow**i, width, 4 * 2**i) for i in range(5)]
-    limit = 4 * 2048 * width * 2
-    spread = max(found) / min(found)
-    return Finding(
-        spread <= 4 / 3 and found[-1] <= limit,
-        f"{found[0] / 1e6:.1f} to {found[-1] / 1e6:.1f} MB per rank for 16x the tokens, "
-        f"never above {limit / 1e6:.1f}",
-        "4 S h e / P, of which the share (P-1)/P leaves the rank",
-    )
-
-
 @check("D41", mutant={"ring": 4.0})
 def lightseq_volumes(*, tensor: float = 14.0, ring: float = 3.0) -> Finding:
     """The quotient of the volumes per layer, in units of tokens x width."""

@@ -5,23 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from hwmodels.catalogue import load_chip, load_link, make_cluster
 from hwmodels.families.family import matrix_peak
-from simcore.catalogue import load_model
-from simcore.models import parameter_count
-from simcore.strategy import ParallelStrategy
-from simcore.workloads import TrainStep
 from validation.systems.frame import Finding, check, need_torch
-from validation.systems.training_machine import exchange_seconds, layer_seconds, step, utilisation
+from validation.systems.training_machine import exchange_seconds, layer_seconds
 
 ON_CPU = "executed in float64 on the CPU; ranks in one process exchange their blocks"
-A800_NODES = make_cluster("a800-sxm-80gb", 8, 2)
-TOLERANCE = 0.10  # of a utilisation whose setting is given, but not how it was counted
 
 
 def gradients_agree(run: Callable[..., Any], leaves: tuple[Any, ...], causal: bool) -> bool:
@@ -116,132 +109,6 @@ def ring_sequence_parallelism(*, ranks: int = 64, replicated_scores: float = 1.0
         " everything but the weights",
         ("BERT-base and -large, batch at 128 to 1024 tokens, length at batch 64", "tensor degree = "
          "heads", "single precision, Adam, 10 % of memory in reserve", ON_CPU),
-        "cpu",
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------ G3.2, G3.3
-
-
-@check("G3.2", mutant={"tokens_grow": 4})
-def ulysses(*, tokens_grow: int = 2) -> Finding:
-    """Bytes counted as tokens and ranks double together; more ranks than heads are refused."""
-    need_torch()
-    from backends.references.attention import mesh
-    from backends.references.compare import tensors
-    from backends.references.wire import Wire
-
-    sent, exact = [], True
-    for i in range(3):
-        ranks, tokens = 2 * 2**i, 16 * tokens_grow**i
-        q, k, v = tensors(8, 8, tokens)
-        wire = Wire(ranks)
-        mesh(q, k, v, wire, ulysses=ranks, causal=True)
-        shard = q.numel() * 8 / ranks
-        exact &= set(wire.sent_bytes) == {int(4 * shard * (ranks - 1) / ranks)}
-        sent.append(wire.sent_bytes[0] / (ranks - 1) * ranks)
-    same = gradients_agree(
-        lambda q, k, v: mesh(q, k, v, Wire(4), ulysses=4, causal=True), tensors(), True
-    )
-    try:
-        mesh(*tensors(heads=4, kv_heads=4), Wire(8), ulysses=8, causal=True)
-        refused = False
-    except ValueError:
-        refused = True
-    return Finding(
-        same and exact and refused and len(set(sent)) == 1,
-        f"{[int(s) for s in sent]} bytes per rank and (P-1)/P with ranks doubled twice; 8 ranks "
-        f"for 4 heads {'refused' if refused else 'taken'}",
-        "four all-to-alls of a rank's S h / P elements"
-        if len(set(sent)) == 1
-        else "the shard of a rank grows with its tokens",
-        (ON_CPU,),
-        "cpu",
-    )
-
-
-def mesh_seconds(tokens: int, ulysses_ranks: int, link_share: float = 1.0) -> float:
-    """Return a training step of Llama-3-8B over 16 A800 on a mesh of all-to-alls and rings.
-
-    All-to-alls are exposed, ring hops hide behind their block's attention, ZeRO-3's gathers and
-    sums behind the layers.
-    """
-    ranks, cluster = 16, A800_NODES
-    found = layer_seconds("llama-3-8b", "a800-sxm-80gb", tokens)
-    ring = ranks // ulysses_ranks
-    shard = tokens / ranks
-    moved = shard * (4096 * 2 + 1024 * 2) * 2  # q, out and the 8 heads of k, v
-    spread = exchange_seconds("all_to_all", moved, ulysses_ranks, cluster) / link_share
-    hop_bytes = shard * ulysses_ranks * 2 * 1024 / ulysses_ranks * 2
-    rate = cluster.scale_out.bytes_per_s if ring > 1 else cluster.scale_up.bytes_per_s
-    hop = hop_bytes / (rate * link_share)
-    forward = ring * max(found.attention_forward / ranks / ring, hop) if ring > 1 else (
-        found.attention_forward / ranks
-    )  # fmt: skip
-    backward = ring * max(found.attention_backward / ranks / ring, 2 * hop) if ring > 1 else (
-        found.attention_backward / ranks
-    )  # fmt: skip
-    linear = (found.linear_forward + found.linear_backward) / ranks
-    weights = 218e6 * 2  # of a layer, gathered twice and summed once
-    zero = 3 * exchange_seconds("all_gather", weights, ranks, cluster) / link_share
-    layer = max(forward + backward + linear, zero) + 2 * spread
-    again = recomputed_share(tokens, ranks) * (forward + found.linear_forward / ranks + spread)
-    return 32 * (layer + again) + found.head / ranks
-
-
-@cache
-def recomputed_share(tokens: int, ranks: int) -> float:
-    """Return the share of layers of Llama-3-8B that have to recompute to fit an 80 GB device.
-
-    Bytes of activations come from the lowered step over a rank's tokens, with and without.
-    """
-    model, cluster = load_model("llama-3-8b"), make_cluster("a800-sxm-80gb", 1)
-    work = TrainStep(1, tokens // ranks)
-    need = [
-        step(model, cluster, ParallelStrategy(recompute=how), work)["peak_memory_parts_bytes"][
-            "activations"
-        ]
-        for how in ("none", "full")
-    ]
-    room = 0.9 * cluster.chip.hbm.size_bytes - 16 * parameter_count(model) / ranks
-    return float(np.clip((need[0] - room) / (need[0] - need[1]), 0, 1))
-
-
-@check("G3.3", mutant={"link_share": 1e-3})
-def usp(*, tokens: int = 208 * 1024, link_share: float = 1.0, published: float = 0.86) -> Finding:
-    """The best mesh's utilisation with dense counting, and the mesh against dense attention.
-
-    ``link_share``: of the bandwidth of every link.
-    """
-    need_torch()
-    from backends.references.attention import mesh
-    from backends.references.compare import tensors
-    from backends.references.wire import Wire
-
-    peak = matrix_peak(load_chip("a800-sxm-80gb"), "bf16")
-    times = {u: mesh_seconds(tokens, u, link_share) for u in (1, 2, 4, 8)}
-    best = min(times, key=lambda u: times[u])
-    dense = utilisation("llama-3-8b", tokens, tokens, times[best], 16, peak, causal=False)
-    causal = utilisation("llama-3-8b", tokens, tokens, times[best], 16, peak, causal=True)
-    same = all(
-        gradients_agree(
-            lambda q, k, v, u=u: mesh(q, k, v, Wire(4), ulysses=u, causal=True),
-            tensors(8, 4),
-            True,
-        )
-        for u in (1, 2, 4)
-    )
-    return Finding(
-        same and abs(dense / published - 1) <= TOLERANCE,
-        f"{dense:.3f} counted dense, {causal:.3f} causal, on {best} x {16 // best} (all-to-all x "
-        "ring)",
-        "kernels by their curves at 208K tokens; only all-to-alls are exposed"
-        if abs(dense / published - 1) <= TOLERANCE
-        else "off: gaps between a ring's steps, kernels slowed by exchanges beside them and clocks "
-        "under load are not modelled",
-        ("6 N + 12 L h s per token over 312 TFLOP/s; 208K = 208 x 1024", "ranks balanced (zigzag)",
-         f"ZeRO-3, one sequence; {recomputed_share(tokens, 16):.0%} of the layers recompute to fit",
-         f"within {TOLERANCE:.0%}", ON_CPU),
         "cpu",
     )  # fmt: skip
 
