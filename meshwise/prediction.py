@@ -14,16 +14,18 @@ from hwmodels.collectives import GroupLayout, bus_bytes_per_s, deviation, librar
 from meshwise.longrun import run_metrics
 from meshwise.operators import operator_metrics
 from meshwise.result import Result
-from meshwise.setting import RESERVE_SHARE, Setting, resolve
+from meshwise.setting import Setting, resolve
 from simcore.decode import Pass
 from simcore.errors import InputError, unknown
 from simcore.estimate import estimate
 from simcore.lower import check_generation, lower_training
 from simcore.metrics import (
+    TRAIN_PARTS,
     Metrics,
     PassTimes,
     generate_metrics,
     generation_seconds,
+    memory_metrics,
     pass_program,
     train_metrics,
 )
@@ -144,10 +146,6 @@ INTERVAL_NOTE = (
     "interval_s holds 80 % of the errors of kernels and collectives; what no op stands for (data "
     "loading, stragglers, other jobs) is not in it."
 )
-RESERVE_NOTE = (
-    f"{RESERVE_SHARE:.0%} of a device's memory is kept in reserve (vLLM's default "
-    "gpu_memory_utilization is 0.9)."
-)
 
 
 def predict_training(
@@ -166,6 +164,7 @@ def predict_training(
         chip_peak_flops_per_s=setting.peak_flops_per_s(model.compute_dtype),
         memory_bytes=setting.memory_bytes,
         reserve_bytes=setting.reserve_bytes,
+        memory=training_memory(program, setting),
     )
     deviation = program_deviation(program, setting.cost(program.mesh))
     metrics["interval_s"] = interval(metrics["step_s"], deviation)
@@ -173,11 +172,24 @@ def predict_training(
         _folding(program),
         "mfu counts 6 N + 12 L h s FLOPs per token (full attention), mfu_causal half of the "
         "attention; both over the peak of " + _peak_name(setting, model.compute_dtype) + ".",
-        "peak memory is what the worst rank's tensors occupy at once; " + RESERVE_NOTE,
+        _memory_note(setting),
         INTERVAL_NOTE,
     )
     warnings = setting.dtype_warnings(model.compute_dtype) + _fit_warning(metrics)
     return Answer(metrics, notes, warnings, found, parallel)
+
+
+def training_memory(program: Program, setting: Setting) -> Metrics:
+    """Return the memory metrics of a step: its tensors, what a framework keeps, the reserve."""
+    held, room = setting.held(program), setting.memory_bytes
+    found = memory_metrics(held, TRAIN_PARTS, room, setting.reserve_bytes)
+    return found | ({"reserve_parts_bytes": dict(setting.reserve)} if setting.reserve else {})
+
+
+def _memory_note(setting: Setting) -> str:
+    kept = f", and what {setting.framework} keeps beside them" if setting.framework else ""
+    tensors = f"peak memory is what the worst rank's tensors occupy at once{kept}; "
+    return tensors + setting.reserve_note
 
 
 def _peak_name(setting: Setting, dtype: str) -> str:
@@ -235,7 +247,8 @@ def predict_generation(
     metrics["interval_s"] = interval(metrics["seconds"], max(deviations))
     notes.append(INTERVAL_NOTE)
     notes.append(
-        "peak memory holds weights, the whole KV cache and a pass's activations; " + RESERVE_NOTE
+        "peak memory holds weights, the whole KV cache and a pass's activations; "
+        + setting.reserve_note
     )
     warnings = setting.dtype_warnings(model.compute_dtype) + _fit_warning(metrics)
     return Answer(metrics, tuple(notes), warnings, shown, parallel)
@@ -462,7 +475,7 @@ def plan_scenario(
     notes = [
         "tp stays within a node unless nothing fits that way; microbatches are divisors of a "
         "replica's share, at most 64 sequences.",
-        RESERVE_NOTE,
+        setting.reserve_note,
     ]
     warnings = [*setting.warnings, *setting.dtype_warnings(model.compute_dtype)]
     if scenario.strategy() is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hwmodels import curves
@@ -15,13 +15,24 @@ from hwmodels.families import FAMILIES
 from hwmodels.families.family import matrix_peak
 from hwmodels.hardware import Chip, Cluster
 from hwmodels.hosts import NO_HOST, Host, load_host
+from hwmodels.memory import CONTEXT_BYTES, communication_bytes
 from hwmodels.profile import Profile, default_path, read_profile
+from hwmodels.training_memory import WORKSPACE_BYTES, as_kept, find_keeping
 from simcore.errors import InputError
+from simcore.program import Program
 from simcore.scenario import Scenario
 
 # vLLM's default gpu_memory_utilization is 0.9: the rest is left to the driver, to the
 # communication library's buffers and to fragmentation.
 RESERVE_SHARE = 0.1
+RESERVE_NOTE = (
+    f"{RESERVE_SHARE:.0%} of a device's memory is kept in reserve (vLLM's default "
+    "gpu_memory_utilization is 0.9): what a process holds there beside tensors is not known."
+)
+KNOWN_NOTE = (
+    "kept in reserve is what a process holds beside tensors: the driver's context, the "
+    "communication library's buffers, workspaces; fragmentation is not known and not in it."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,17 @@ class Setting:
     warnings: tuple[str, ...]
     host: Host = NO_HOST
     curves: tuple[Curve, ...] | None = None
+    reserve: Mapping[str, float] = field(default_factory=dict)  # its parts, where they are known
+    framework: str = ""  # whose memory is counted beside the program's
+
+    @property
+    def reserve_note(self) -> str:
+        """What the reserve stands for."""
+        return KNOWN_NOTE if self.reserve else RESERVE_NOTE
+
+    def held(self, program: Program) -> Program:
+        """Return the program with what the framework keeps beside its buffers, if one is named."""
+        return as_kept(program, find_keeping(self.framework)) if self.framework else program
 
     def cost(self, mesh: Mapping[str, int]) -> ClusterCost:
         """Return the cost model of a mesh over this cluster."""
@@ -195,13 +217,30 @@ def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
     memory = rank_memory_bytes(cluster)
     assumptions, warnings = _speed_notes(cluster, found, known)
     host = launching(scenario, cluster, found)
+    reserve = known_reserve(scenario, cluster)
     return Setting(
         cluster,
         found,
         memory,
-        RESERVE_SHARE * memory,
+        sum(reserve.values()) if reserve else RESERVE_SHARE * memory,
         (*assumptions, *_launch_notes(host)),
         tuple(warnings),
         host,
         known,
+        reserve,
+        scenario.run.framework or "",
     )
+
+
+def known_reserve(scenario: Scenario, cluster: Cluster) -> dict[str, float]:
+    """Return what a training process holds beside tensors, by part; {} where that is not known.
+
+    It was observed on Nvidia's chips. An inference engine sets a share of the memory aside.
+    """
+    if scenario.workload.kind != "train" or cluster.chip.vendor != "nvidia":
+        return {}
+    return {
+        "context": CONTEXT_BYTES,
+        "communication": communication_bytes(cluster.world),
+        "workspace": WORKSPACE_BYTES,
+    }

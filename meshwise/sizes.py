@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from meshwise.prediction import RESERVE_NOTE, choose_strategy, provenance, strategy_table
+from meshwise.prediction import choose_strategy, provenance, strategy_table, training_memory
 from meshwise.result import Result
 from meshwise.setting import Setting, resolve
 from simcore.errors import InputError, unknown
 from simcore.lower import lower_training
-from simcore.metrics import TRAIN_PARTS, memory_metrics
 from simcore.models import ModelSpec
 from simcore.scenario import Scenario, scenario_hash
 from simcore.strategy import ParallelStrategy, check_strategy, microbatches
@@ -121,8 +120,7 @@ class Search:
         if value not in self.peaks:
             model, parallel, work = self.growth.grown(self.case, value)
             program = lower_training(model, parallel, work)
-            memory, reserve = self.setting.memory_bytes, self.setting.reserve_bytes
-            found = memory_metrics(program, TRAIN_PARTS, memory, reserve)
+            found = training_memory(program, self.setting)
             self.peaks[value] = found["peak_memory_bytes"]
         return self.peaks[value]
 
@@ -188,7 +186,7 @@ def largest_scenario(scenario: Scenario, what: str, profile: str | Path | None =
         "evaluations": len(search.peaks),
         "monotone": search.monotone(),
     }
-    notes = [f"{what} grows in steps of {unit}.", RESERVE_NOTE]
+    notes = [f"{what} grows in steps of {unit}.", setting.reserve_note]
     warnings = list(setting.warnings)
     if not bounded:
         warnings.append(f"memory does not bound {what}: the search ended at {found}.")

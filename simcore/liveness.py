@@ -35,7 +35,9 @@ def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ..
     that writes a buffer whole, without reading it.
     """
     keep = set(program.info.get("keep", ()))
-    touched = {name: _touches(program, block.ops) for name, block in program.blocks.items()}
+    bodies = {action.body for action in program.order[rank]}
+    used = {call.block for body in bodies for call in program.bodies[body]}
+    touched = {name: _touches(program, program.blocks[name].ops) for name in used}
     found: dict[str, dict[Position, tuple[Key, ...]]] = {}
     for chain in sequences(program, rank):
         last: dict[Key, tuple[str, Position]] = {}
@@ -120,9 +122,10 @@ def residents(program: Program, rank: int) -> Residents:
                     key = program.key(name, layer, 0)
                     buffer = program.buffers[key[0]]
                     seen[key] = buffer, held.kept if held and buffer.scope == "weight" else 1
-    parts = dict.fromkeys(PARTS.values(), 0.0)
+    parts = dict.fromkeys((*PARTS.values(), "stashes"), 0.0)
     for buffer, copies in seen.values():
-        parts[PARTS[buffer.scope]] += float(buffer.held_bytes) * copies
+        parts[PARTS[buffer.scope]] += float(buffer.held_bytes)
+        parts["stashes"] += float(buffer.held_bytes) * (copies - 1)
     return Residents(parts)
 
 
@@ -136,6 +139,8 @@ class _Heap:
     sizes: dict[int, float] = field(default_factory=dict)
     now: float = 0.0
     peak: float = 0.0
+    logits: float = 0.0  # of these bytes, those of logits and their gradients
+    logits_at_peak: float = 0.0
     fresh: int = 0
 
     def bind(self, key: Key, storage: int | None) -> None:
@@ -145,7 +150,10 @@ class _Heap:
             size = float(self.program.buffers[key[0]].held_bytes)
             self.sizes[storage], self.refs[storage] = size, 0
             self.now += size
-            self.peak = max(self.peak, self.now)
+            if _is_logits(key):
+                self.logits += size
+            if self.now > self.peak:
+                self.peak, self.logits_at_peak = self.now, self.logits
         self.refs[storage] += 1
         self.release(key)
         self.owner[key] = storage
@@ -158,6 +166,8 @@ class _Heap:
         self.refs[storage] -= 1
         if not self.refs[storage]:
             self.now -= self.sizes[storage]
+            if _is_logits(key):
+                self.logits -= self.sizes[storage]
 
     def run(self, op: Op, layer: int, microbatch: int) -> None:
         """Bind what an op writes."""
@@ -172,21 +182,41 @@ class _Heap:
             self.bind(key, source)
 
 
-def _profile(program: Program, rank: int) -> dict[str, tuple[float, float]]:
-    """Return per body by how much it changes the level of one microbatch, and its peak above it."""
+def _is_logits(key: Key) -> bool:
+    return key[0].removeprefix("d.").startswith("logits")
+
+
+@dataclass(frozen=True, slots=True)
+class _Profile:
+    """By how much a body changes the level of one microbatch, and its peak above that level."""
+
+    change: float
+    peak: float
+    logits_change: float
+    logits_at_peak: float
+
+
+def _profile(program: Program, rank: int) -> dict[str, _Profile]:
+    """Return the profile of every body of pipeline rank ``rank``."""
     dying = drops(program, rank)
-    profile: dict[str, tuple[float, float]] = {}
+    profile: dict[str, _Profile] = {}
     for chain in sequences(program, rank):
         if all(body in profile for body in chain):
             continue
         heap = _Heap(program)
         for body in chain:
-            before = heap.peak = heap.now
+            before, logits = heap.now, heap.logits
+            heap.peak, heap.logits_at_peak = before, logits
             for where, layer, op in positions(program, body):
                 heap.run(op, layer, 0)
                 for key in dying.get(body, {}).get(where, ()):
                     heap.release(key)
-            profile[body] = (heap.now - before, heap.peak - before)
+            profile[body] = _Profile(
+                heap.now - before,
+                heap.peak - before,
+                heap.logits - logits,
+                heap.logits_at_peak - logits,
+            )
     return profile
 
 
@@ -195,11 +225,26 @@ SHARES_STORAGE = frozenset({"alias", "all_reduce"})
 
 def activation_peaks(program: Program, rank: int) -> tuple[float, list[tuple[Action, float]]]:
     """Return the peak bytes of buffers that come and go, and the level after every action."""
-    profile = _profile(program, rank)
-    level, peak, levels = 0.0, 0.0, []
-    for action in program.order[rank]:
-        change, inside = profile[action.body]
-        peak = max(peak, level + inside)
-        level += change
-        levels.append((action, level))
+    peak, _, levels = _levels(program, rank)
     return peak, levels
+
+
+def activation_parts(program: Program, rank: int) -> dict[str, float]:
+    """Return what makes up the peak of `activation_peaks`: logits, and all else."""
+    peak, logits, _ = _levels(program, rank)
+    return {"activations": peak - logits, "logits": logits}
+
+
+def _levels(program: Program, rank: int) -> tuple[float, float, list[tuple[Action, float]]]:
+    """Return the peak, the logits in it, and the level after every action."""
+    profile = _profile(program, rank)
+    level = logits = peak = logits_at_peak = 0.0
+    levels = []
+    for action in program.order[rank]:
+        body = profile[action.body]
+        if level + body.peak > peak:
+            peak, logits_at_peak = level + body.peak, logits + body.logits_at_peak
+        level += body.change
+        logits += body.logits_change
+        levels.append((action, level))
+    return peak, logits_at_peak, levels

@@ -18,7 +18,7 @@ import numpy as np
 from simcore.costs import CostModel, Network
 from simcore.decode import Pass, passes
 from simcore.estimate import is_message, message_seconds, only_op
-from simcore.liveness import activation_peaks, residents
+from simcore.liveness import activation_parts, residents
 from simcore.lower import lower_pass
 from simcore.models import ModelSpec, active_parameter_count
 from simcore.ops import Size, work
@@ -31,8 +31,8 @@ from simcore.timeline import Timeline
 from simcore.workloads import CollectiveCall, Generation, TrainStep
 
 Metrics = dict[str, Any]
-TRAIN_PARTS = ("weights", "gradients", "optimizer", "activations")
-GENERATE_PARTS = ("weights", "kv_cache", "activations")
+TRAIN_PARTS = ("weights", "stashes", "gradients", "optimizer", "activations", "logits")
+GENERATE_PARTS = ("weights", "kv_cache", "activations", "logits")
 
 
 # ---------------------------------------------------------------- model FLOPs
@@ -81,9 +81,7 @@ def achieved(
 
 def rank_memory_parts(program: Program, rank: int) -> dict[str, float]:
     """Return the bytes that pipeline rank ``rank`` holds at its peak, by part."""
-    parts = dict(residents(program, rank).parts)
-    parts["activations"] = float(activation_peaks(program, rank)[0])
-    return parts
+    return dict(residents(program, rank).parts) | activation_parts(program, rank)
 
 
 def heaviest_ranks(program: Program) -> list[int]:
