@@ -1,9 +1,6 @@
-"""Small distributed steps: sharded embeddings, folded experts, codecs, live paths, lost updates."""
+"""Small distributed steps: sharded embeddings, live paths, noisy descent."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.references.compare import same
-from backends.references.pipelines import batches
 from backends.references.wire import Wire
 
 
@@ -40,46 +36,10 @@ def embeddings_agree(ranks: int, count: int, batch: int, dim: int) -> tuple[bool
     return torch.equal(found, exact), wire.sent_bytes
 
 
-def eight_bit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a tensor as int8 and the scale of its largest magnitude."""
-    scale = x.abs().max() / 127
-    return (x / scale).round().to(torch.int8), scale
-
-
-def coded_mean(gradients: Sequence[Tensor], wire: Wire, *, coded: bool) -> Tensor:
-    """Return the mean of the ranks' gradients after each sent its own to all others."""
-    if not coded:
-        return torch.stack(wire.all_gather(list(gradients))[0]).mean(0)
-    codes = [eight_bit(g) for g in gradients]
-    got = wire.all_gather([code for code, _ in codes])[0]
-    return torch.stack(
-        [code.to(gradients[0].dtype) * scale for code, (_, scale) in zip(got, codes, strict=True)]
-    ).mean(0)
-
-
-@dataclass(frozen=True, slots=True)
-class Coded:
-    """A mean of gradients over 8-bit codes against the plain one."""
-
-    relative_error: float
-    within_bound: bool  # no element off by more than half a step of the coarsest scale
-    plain_bytes: int
-    coded_bytes: int
-
-
-def coded_against_plain(ranks: int = 4) -> Coded:
-    """Exchange random gradients both ways; a code's error is at most half of its scale."""
-    random = torch.Generator().manual_seed(4)
-    gradients = [torch.randn(256, generator=random) for _ in range(ranks)]
-    plain, coded = Wire(ranks), Wire(ranks)
-    exact = coded_mean(gradients, plain, coded=False)
-    found = coded_mean(gradients, coded, coded=True)
-    bound = max(float(g.abs().max()) for g in gradients) / 254 * 1.0001
-    return Coded(
-        float((found - exact).norm() / exact.norm()),
-        float((found - exact).abs().max()) <= bound,
-        sum(plain.sent_bytes),
-        sum(coded.sent_bytes),
+def batches(count: int, rows: int, width: int, seed: int = 1) -> Tensor:
+    """Return ``count`` microbatches of inputs."""
+    return torch.randn(
+        count, rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
 
 

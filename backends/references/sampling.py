@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -50,17 +49,3 @@ def cached_denoising(skipped: float, steps: int = 50) -> tuple[float, bool]:
         plain = plain + torch.tanh(plain @ w) / steps
     exact, every = run(0.0)
     return every / run(skipped)[1], torch.equal(exact, plain)
-
-
-def late_updates_dropped(orders: Sequence[Sequence[int]], workers: int) -> bool:
-    """Return whether least squares is learnt from the quick workers' gradients alone.
-
-    ``orders``: for every step the workers that were quick enough.
-    """
-    torch.manual_seed(0)
-    data, goal = torch.randn(256, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    shards, w = data.chunk(workers), torch.zeros(4, dtype=torch.float64)
-    for quick in orders:
-        grads = [s.T @ (s @ (w - goal)) / len(s) for s in (shards[j] for j in quick)]
-        w = w - 0.1 * torch.stack(grads).mean(0)
-    return bool(torch.allclose(w, goal, atol=1e-6))

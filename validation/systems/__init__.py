@@ -27,6 +27,7 @@ MODULES = (
     "training_closed_forms",
     "training_parallel",
     "training_exchange",
+    "training_elastic",
     "training_experts",
     "training_runs",
     "training_pipelines",

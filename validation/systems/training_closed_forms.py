@@ -12,6 +12,7 @@ from simcore.catalogue import load_model
 from simcore.metrics import model_flops_per_token
 from simcore.pipelines.unit import run_units
 from simcore.schedules import SCHEDULES
+from simcore.stragglers import exponential_kth_s
 from validation.systems.frame import Finding, check
 
 ONE_SETTING = "both figures come from one setting"
@@ -147,17 +148,12 @@ def bubbles(*, off: int = 0) -> Finding:
     )
 
 
-def exponential_wait(workers: int, backups: int, rate: float = 1.0) -> float:
-    """Return E of the (n - b)-th of n exponential times: (H_n - H_b) / rate."""
-    return sum(1 / i for i in range(backups + 1, workers + 1)) / rate
-
-
 @check("D33", mutant={"off": 1})
 def backup_order_statistics(*, workers: int = 16, off: int = 0) -> Finding:
     """The expected wait for the fastest n - b workers against 40,000 draws."""
     draws = np.sort(np.random.default_rng(3).exponential(size=(40_000, workers)), axis=1)
     worst = max(
-        abs(draws[:, workers - b - 1].mean() / exponential_wait(workers, b + off) - 1)
+        abs(draws[:, workers - b - 1].mean() / exponential_kth_s(workers, b + off, 1.0) - 1)
         for b in (0, 1, 4, 8)
     )
     return Finding(

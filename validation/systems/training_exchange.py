@@ -5,11 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
-
 from hwmodels.catalogue import load_chip
 from validation.systems.frame import Finding, check, need_torch
-from validation.systems.training_closed_forms import exponential_wait
 
 ON_CPU = "executed in float64 on the CPU; ranks in one process exchange their parts"
 
@@ -75,7 +72,7 @@ def dlrm(*, ranks_off: int = 0) -> Finding:
     )
 
 
-# ------------------------------------------------------------------ G1.11, G1.12
+# ------------------------------------------------------------------ G1.11
 
 
 @check("G1.11", mutant={"chunk_share": 0.3})
@@ -104,65 +101,4 @@ def patrickstar(*, chunk_share: float = 0.8) -> Finding:
         else "the static baseline's pinned buffers and fragmentation are missing",
         ("ZeRO-Offload keeps half-precision weights on every GPU and 16 bytes per parameter on the "
          "CPU", "a tenth of each memory in reserve"),
-    )  # fmt: skip
-
-
-@check("G1.12", mutant={"codec_share": 3.0})
-def eight_bit(*, gpus: int = 96, codec_share: float = 0.05) -> Finding:
-    """The 96-GPU speedup between halved and quartered transfers, and a coded exchange executed.
-
-    ``codec_share``: time of coding over that of the 32-bit exchange.
-    """
-    need_torch()
-    from backends.references.exchange import coded_against_plain
-
-    coded = coded_against_plain()
-    ratio = gpus / 23 - 1
-    half, quarter = gpus / (1 + ratio / 2), gpus / (1 + ratio / 4)
-    mine = gpus / (1 + ratio * (1 / 4 + codec_share))
-    fourth = coded.plain_bytes == 4 * coded.coded_bytes
-    return Finding(
-        coded.within_bound and fourth and half < mine <= quarter and half < 50 < quarter,
-        f"{half:.1f}x and {quarter:.1f}x bound the published 50x, {mine:.1f}x with "
-        f"{codec_share:.0%} of coding; bytes / 4, error of the mean {coded.relative_error:.2%}",
-        "no overlap, fitted to the 32-bit speedup alone"
-        if mine > half
-        else "coding costs more than it saves",
-        ("one scale per tensor, its largest magnitude to 127", ON_CPU),
-        "cpu",
-    )
-
-
-# ------------------------------------------------------------------ G1.14
-
-
-@check("G1.14", mutant={"off": 1})
-def backup_workers(*, workers: int = 16, off: int = 0) -> Finding:
-    """Iterations of SGD with dropped late updates; waits against (H_n - H_b) / mu.
-
-    ``off``: extra backups in the law. Dynamic b takes the best of all b for each iteration.
-    """
-    need_torch()
-    from backends.references.sampling import late_updates_dropped
-
-    random = np.random.default_rng(2)
-    draws = np.sort(random.exponential(size=(20_000, workers)), axis=1)
-    waits = {b: float(draws[:, workers - 1 - b].mean()) for b in range(workers)}
-    law = max(abs(waits[b] / exponential_wait(workers, b + off) - 1) for b in (0, 2, 8))
-    gains = {b: (workers - b) / waits[b] for b in waits}  # useful updates per second
-    static = max(gains.values())
-    worth, rate = np.arange(1, workers + 1), static
-    for _ in range(30):  # Dinkelbach: the best rate makes the best of k - rate x wait nought
-        taken = (worth - rate * draws).argmax(1)
-        rate = float((taken + 1).sum() / draws[np.arange(len(draws)), taken].sum())
-    orders = [random.permutation(workers)[: int(count) + 1].tolist() for count in taken[:200]]
-    learnt = late_updates_dropped(orders, workers)
-    return Finding(
-        law < 0.02 and rate >= static and learnt,
-        f"waits within {law:.1%}; updates per second {rate:.2f} dynamic, {static:.2f} best static, "
-        f"{gains[0]:.2f} without backups",
-        "known times let every iteration take its own best b, which the static one only averages",
-        ("16 exponential workers of rate 1; an update's worth is the gradients in it",
-         "executed: SGD on least squares with late gradients dropped"),
-        "cpu",
     )  # fmt: skip

@@ -19,11 +19,9 @@ from simcore.pipelines.unit import run_units
 from simcore.schedules import SCHEDULES
 from simcore.strategy import ParallelStrategy
 from simcore.workloads import TrainStep
-from validation.systems.frame import Finding, check, need_torch
+from validation.systems.frame import Finding, check
 from validation.systems.training_machine import ON_RANKS, exact, gpt, step
-from validation.systems.unit_pipelines import Shape, interleaved, straight, timed
 
-EXACT = "executed in float64 on the CPU, stage by stage in the played order"
 PRICED = (
     "priced programs on DGX A100: real messages, embedding and head, gradients of two copies summed"
 )
@@ -204,68 +202,4 @@ def cut_by_hand(costs: np.ndarray, stages: int) -> float:
     return min(
         max(float(costs[a:b].sum()) for a, b in itertools.pairwise((0, *inner, len(costs))))
         for inner in places
-    )
-
-
-@check("G2.4", mutant={"stages_off": 1})
-def pipedream(*, stages_off: int = 0) -> Finding:
-    """Cuts by dynamic programming, boundary traffic as executed, and versions kept.
-
-    ``stages_off``: extra stages that the dynamic programme cuts.
-    """
-    need_torch()
-    from backends.references.pipelines import batches, network, play
-
-    random, worst = np.random.default_rng(4), 0.0
-    for layers, stages in ((5, 2), (8, 3), (10, 4), (12, 5)):
-        costs = random.lognormal(size=layers)
-        worst = max(worst, abs(cut(costs, stages + stages_off) - cut_by_hand(costs, stages)))
-    p, m, rows, width = 4, 8, 3, 4
-    shape = Shape(p, m)
-    home = straight(shape)
-    run = timed(shape, interleaved(shape), home)
-    place = {(s, i): home(s, i) for s in range(p) for i in range(m)}
-    ran = play(network(p, width), batches(m, rows, width), run.tasks, place)
-    boundary = 2 * (p - 1) * m * rows * width * 8
-    stash = [int(peak) for peak in run.peaks]
-    vgg = 1 - 2 * 64 * 25088 / (2 * 138e6 * 7 / 8)
-    return Finding(
-        worst < 1e-9 and ran.boundary_bytes == boundary and stash == [p - s for s in range(p)],
-        f"cuts equal brute force to {worst:.1g}; {ran.boundary_bytes} of {boundary} boundary bytes;"
-        f" versions {stash}; VGG-16 cut before its dense layers sends {vgg:.0%} less",
-        "only activations and gradients at the cuts travel; a stage keeps a version per microbatch",
-        ("up to 12 layers of random cost", "VGG-16: 138M parameters, 25088 features at the cut, 64 "
-         "images per GPU, 8 GPUs", EXACT),
-        "cpu",
-    )  # fmt: skip
-
-
-@check("G2.5", mutant={"lag": 1})
-def pipelined_backprop(*, lag: int = 0) -> Finding:
-    """Weight delay per stage, utilisation, and the gradients of an unhurried run."""
-    need_torch()
-    from backends.references.pipelines import (
-        batches,
-        flush_free,
-        network,
-        unhurried_equals_undivided,
-    )
-
-    p, width = 4, 4
-    used, right = [], True
-    for samples in (16, 64, 256):
-        ran = flush_free(network(p, width), batches(samples, 1, width), 1e-3, lag)
-        steady = [set(d[2 * p :]) for d in ran.delays]
-        right &= steady == [{2 * (p - 1 - s)} for s in range(p)]
-        right &= ran.steady_utilisation == 1.0
-        used.append(ran.utilisation)
-    exact = unhurried_equals_undivided(p, width)
-    fill = [1 / (1 + 2 * (p - 1) / n) for n in (16, 64, 256)]
-    return Finding(
-        right and exact and np.allclose(used, fill),
-        f"delays {[2 * (p - 1 - s) for s in range(p)] if right else 'differ'} updates; busy "
-        f"{', '.join(f'{u:.3f}' for u in used)} over 16, 64, 256 samples, steadily 1",
-        "no flush: only the first fill and the last drain are idle",
-        ("a tick is one forward and one backward of different samples", EXACT),
-        "cpu",
     )
