@@ -1,4 +1,4 @@
-"""What ranks do to one another: collectives, messages, overlap with compute, and shared peaks.
+"""What ranks do to one another: collectives, messages, the processor time they take, and peaks.
 
 All ranks of the machine communicate at the same time, in groups of every size that divides their
 number, as they do in a step.
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from backends.transport import Distributed, Handle
 
 SIZES = tuple(4**i for i in range(4, 13))  # bytes
+OVERLAPPED = 2**20  # bytes
 SAMPLE_S = 0.02
 TOGETHER = "tp"  # the axis of the groups that are measured
 
@@ -100,35 +101,17 @@ def measure_messages(rank: int) -> list[dict[str, Any]]:
 
 
 def measure_overlap(rank: int, ranks: int) -> dict[str, float]:
-    """Return the seconds of compute, of an all-reduce, and of both started together."""
-    x, w = torch.randn(256, 512), torch.randn(512, 512)
-    payloads = [torch.ones(1 << 20) for _ in range(8)]
+    """Return the seconds of an all-reduce, and the processor time that all its threads take."""
     transport = groups(rank, ranks, ranks)
-
-    def start() -> list[Handle]:
-        return [transport.all_reduce(payload, TOGETHER) for payload in payloads]
-
-    def compute() -> None:
-        for _ in range(60):
-            torch.mm(x, w)
-
-    def communicate() -> None:
-        for handle in start():
-            handle.wait()
-
-    def both() -> None:
-        handles = start()
-        compute()
-        for handle in handles:
-            handle.wait()
-
-    timed = {
-        "compute_s": _time_rounds(compute, 3),
-        "communication_s": _time_rounds(communicate, 3),
-        "both_s": _time_rounds(both, 3),
-    }
+    payload = torch.ones(OVERLAPPED // 4)
+    call = partial(_complete, partial(transport.all_reduce, payload, TOGETHER))
+    seconds, busy, rounds = [], [], rounds_of(OVERLAPPED)
+    for _ in range(5):
+        before = time.process_time()
+        seconds += _time_rounds(call, rounds, samples=1)
+        busy.append((time.process_time() - before) / (rounds + 1))
     transport.close()
-    return {name: statistics.median(samples) for name, samples in timed.items()}
+    return {"seconds": min(seconds), "processor_s": min(busy)}
 
 
 def measure_issue(rank: int, ranks: int) -> float:

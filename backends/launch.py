@@ -124,6 +124,7 @@ class RankResult:
     losses: tuple[float, ...] = ()
     tokens: tuple[tuple[int, ...], ...] = ()  # per sequence
     pass_seconds: tuple[float, ...] = ()
+    processor_seconds: tuple[float, ...] = ()  # of the rank's own thread, per repeat
     spans: tuple[Span, ...] = ()
     arrays: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)  # what was dumped
 
@@ -425,6 +426,7 @@ def _read_rank(stem: Path) -> RankResult:
         tuple(record.get("losses", ())),
         tuple(map(tuple, record.get("tokens", ()))),
         tuple(record.get("pass_seconds", ())),
+        tuple(record.get("processor_seconds", ())),
         tuple(Span(rank, *span) for span in record["spans"]),
         dumped,
     )

@@ -327,6 +327,7 @@ def _timed(runner: Runner, rank: Rank, run: Mapping[str, Any]) -> dict[str, Any]
     """Run the timed repeats; the spans are those of the median one."""
     clock = runner.interpreters[0].clock
     seconds: list[float] = []
+    busy: list[float] = []
     results: list[dict[str, Any]] = []
     spans: list[list[list[Any]]] = []
     for _ in range(int(run["repeats"])):
@@ -334,14 +335,16 @@ def _timed(runner: Runner, rank: Rank, run: Mapping[str, Any]) -> dict[str, Any]
             interpreter.spans.clear()
         rank.barrier()
         clock.settle()
-        origin, start = clock.mark(), time.perf_counter()
+        origin, start, before = clock.mark(), time.perf_counter(), time.thread_time()
         results.append(runner.once())
         clock.settle()
         seconds.append(time.perf_counter() - start)
+        busy.append(time.thread_time() - before)
         if run["record_spans"]:
             spans.append(_plain_spans(runner, origin))
     return {
         "seconds": seconds,
+        "processor_seconds": busy,
         "median_s": statistics.median(seconds) if seconds else None,
         "spans": spans[_middle(seconds, rank, runner)] if spans else [],
         "results": results,

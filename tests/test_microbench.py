@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machines import LLAMA, STRATEGIES, Constant, Wires, strategy
+from comparisons import PROFILE
+from machines import GPT2, LLAMA, STRATEGIES, Constant, Wires, strategy
 
 torch = pytest.importorskip("torch")
 
@@ -29,12 +30,18 @@ from simcore.engine import simulate  # noqa: E402
 from simcore.lower import lower_training  # noqa: E402
 from simcore.ops import COMMUNICATION, WORK, Op, work  # noqa: E402
 from simcore.program import Program  # noqa: E402
+from simcore.scenario import load_scenario  # noqa: E402
 from simcore.schedules import SCHEDULES  # noqa: E402
 from simcore.strategy import CP_KINDS, ParallelStrategy  # noqa: E402
 from simcore.workloads import TrainStep  # noqa: E402
 from validation.calibrate import FITTED, fit_kernels, fit_profile  # noqa: E402
+from validation.compare import validate_cases  # noqa: E402
+from validation.grid import Case as GridCase  # noqa: E402
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NAMES = ("ring_attention", "experts", "zero_bubble", "dualpipev")
 MIXTRAL = replace(LLAMA, name="mixtral-like", experts=4, experts_per_token=2, moe_ffn=64, ffn=0)
+FRAMES = replace(GPT2, causal=False, frames=4, mixers=("space", "time") * 2, tied_embeddings=False)
 STEP = TrainStep(global_batch=8, seq_len=32)
 
 
@@ -66,7 +73,8 @@ def lowered() -> Iterator[Program]:
     for kind in CP_KINDS:
         parts = {"cp_ring": 2, "cp_ulysses": 2} if kind == "usp" else {}
         cp = 4 if parts else 2
-        yield lower_training(LLAMA, ParallelStrategy(cp=cp, cp_kind=kind, **parts), STEP)
+        model = FRAMES if kind == "dsp" else LLAMA
+        yield lower_training(model, ParallelStrategy(cp=cp, cp_kind=kind, **parts), STEP)
     for coded in ({}, {"error_feedback": True}, {"zero_stage": 2}):
         found = ParallelStrategy(dp_replicate=2, grad_codec="int8", **coded)
         yield lower_training(LLAMA, found, STEP)
@@ -135,7 +143,7 @@ def records(ranks: int, noise: float = 0.0) -> list[dict[str, Any]]:
             ],
             "collectives": links,
             "messages": [{"bytes": b, "samples": [1e-4 + b * 5e-10]} for b in (256, 65536, 2**24)],
-            "overlap": {"compute_s": 1.0, "communication_s": 1.0, "both_s": 1.6},
+            "overlap": {"seconds": 1.0, "processor_s": 0.6},
             "issue_s": 1e-5,
             "peaks": {"flops_per_s": 8e10, "bytes_per_s": 2e10},
             "alone": {"flops_per_s": 1e11, "bytes_per_s": 2e10},
@@ -222,7 +230,21 @@ def test_ranks_take_turns_on_fewer_processors(options: Mapping[str, Any]) -> Non
         simulate(program, cost, Wires(), cores=2)
 
 
-# ---------------------------------------------------------------- one real run
+# ---------------------------------------------------------------- real runs
+
+
+@pytest.mark.distributed
+def test_the_strategies_of_the_examples_really_run() -> None:
+    """Predicted and executed on two gloo ranks, in one launch."""
+    files = [EXAMPLES / f"cpu_{name}.toml" for name in NAMES]
+    scenarios = [load_scenario(file) for file in files]
+    cases = [GridCase(f.stem, "m", "g", s) for f, s in zip(files, scenarios, strict=True)]
+    found = validate_cases("examples", cases, replace(PROFILE, cores=2))
+    assert [each.name for each in found.cases] == [file.stem for file in files]
+    for each in found.cases:
+        assert 0 < each.measured_s < 60
+        assert each.predicted_s > 0
+        assert {span.rank for span in each.measured.spans} == {0, 1}
 
 
 @pytest.mark.distributed

@@ -7,6 +7,7 @@ by non-negative least squares on relative errors, over physical features (start-
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,18 +144,20 @@ def fit_collectives(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         found[row["op"], row["ranks"]][float(row["bytes"])] = row["seconds"]
     table = []
     for (op, ranks), points in found.items():
-        highest, rising = 0.0, []
-        for size in sorted(points):
-            highest = max(highest, points[size])
-            rising.append([size, highest])
-        table.append({"op": op, "ranks": ranks, "points": rising})
+        lowest, rising = math.inf, []
+        for size in sorted(points, reverse=True):  # what disturbs only adds; more bytes take longer
+            lowest = min(lowest, points[size])
+            rising.append([size, lowest])
+        table.append({"op": op, "ranks": ranks, "points": rising[::-1]})
     return table
 
 
 def blocking_share(overlap: Mapping[str, float]) -> float:
-    """Return the share of a communication that compute had to wait for, 0 to 1."""
-    extra = overlap["both_s"] - overlap["compute_s"]
-    return min(1.0, max(0.0, extra / overlap["communication_s"]))
+    """Return the share of a communication that compute has to wait for, 0 to 1.
+
+    That is the processor time that it takes: with every core computing, none is left for it.
+    """
+    return min(1.0, overlap["processor_s"] / overlap["seconds"])
 
 
 def contention(alone: Mapping[str, float], together: Mapping[str, float]) -> dict[str, float]:
