@@ -31,6 +31,9 @@ from simcore.program import (
     group_ranks,
 )
 
+# attributes of an op that its communication takes
+HOW = ("distance", "senders", "backups", "slices", "reverse")
+
 
 class Watcher(Protocol):
     """Sees every op of a step: what it reads before it runs, and the rank after it ran."""
@@ -356,6 +359,6 @@ class Interpreter:
         if op.kind == "quorum_reduce":
             return self.transport.quorum_reduce(target, reads[1], op.group)
         call = getattr(self.transport, op.kind)
-        known = ("distance", "senders", "backups")
-        how = {name: op.attrs[name] for name in known if name in op.attrs}
-        return call(target, reads[0].contiguous(), op.group, **how)  # type: ignore[no-any-return]
+        how = {name: op.attrs[name] for name in HOW if name in op.attrs}
+        sent = (read.contiguous() for read in reads)
+        return call(target, *sent, op.group, **how)  # type: ignore[no-any-return]

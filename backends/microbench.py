@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from backends.bench_cases import Case, attention_cases, elementwise_cases, matmul_cases
+from backends.bench_linear_cases import linear_cases
 from backends.bench_links import (
     measure_collectives,
     measure_issue,
@@ -61,6 +62,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "rows": row_cases,
     "groups": group_cases,
     "codecs": codec_cases,
+    "linear": linear_cases,
 }
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.codec_ops import CODEC_OPS
+from backends.linear_ops import LINEAR_OPS
 from backends.moe_ops import MOE_OPS
 from backends.ring_ops import RING_OPS, takes_part
 from backends.stream_ops import STREAM_OPS
@@ -520,6 +521,7 @@ TorchOp = Callable[..., Results]
 OPS: dict[str, TorchOp] = {
     **RING_OPS,
     **STREAM_OPS,
+    **LINEAR_OPS,
     "matmul": _matmul,
     "bias": _bias,
     "sum_rows": _sum_rows,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from backends.scan import Scan
 from simcore.errors import RunError
 from simcore.ops import Op
 from simcore.program import Program, axis_degree, group_ranks
@@ -153,7 +154,8 @@ class Distributed:
     def reduce_scatter(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
         """Fill ``out`` with this member's part of the sum of every ``tensor``."""
         self._record("reduce_scatter", group, tensor)
-        return _started(_scatter_name()(out, tensor, group=self.groups[group], async_op=True))
+        flat = out.view(-1), tensor.view(-1)  # ranks' parts follow one another whatever the dims
+        return _started(_scatter_name()(*flat, group=self.groups[group], async_op=True))
 
     def all_to_all(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
         """Send part i of ``tensor`` along dim 0 to member i; fill ``out`` with what they send."""
@@ -228,6 +230,21 @@ class Distributed:
                 else:
                     self.unclaimed.append((sent, given))
         return Done()
+
+    def state_scan(
+        self, out: Tensor, state: Tensor, fade: Tensor, group: str, slices: int, reverse: bool
+    ) -> Handle:
+        """Fill ``out`` with the faded sum of the states of the ranks before, or behind this one.
+
+        ``state`` [batch, heads, d, d] goes in ``slices`` along its third dim; ``fade`` [heads].
+        """
+        self._record("state_scan", group, state)
+        ranks, where = group_ranks(self.mesh, group, self.rank), self.groups[group]
+        if reverse:
+            ranks = ranks[::-1]
+        here = ranks.index(self.rank)
+        ends = ranks[here - 1] if here else None, ranks[here + 1] if ranks[here + 1 :] else None
+        return Scan(out, state, fade[None, :, None, None], slices, ends, where)
 
     def _peer(self, group: str, step: int) -> int:
         ranks = group_ranks(self.mesh, group, self.rank)
@@ -309,6 +326,14 @@ class Local:
         """Read and write the tensor once."""
         self._record("quorum_reduce", group, tensor)
         tensor.mul_(1.0)
+        return Done()
+
+    def state_scan(
+        self, out: Tensor, state: Tensor, fade: Tensor, group: str, slices: int, reverse: bool
+    ) -> Handle:
+        """Copy the state."""
+        self._record("state_scan", group, state)
+        out.copy_(state)
         return Done()
 
     def send(self, tensor: Tensor, group: str, channel: str, step: int, tag: int) -> Handle:

@@ -19,8 +19,11 @@ from hwmodels.curves import Choice, Curve, choose_curves
 from hwmodels.hardware import Cluster
 from hwmodels.hosts import NO_HOST, Host
 from hwmodels.kernels import KERNELS, OTHERS, KernelFit, family, fitted, product_dtype, roofline
+from hwmodels.linear import LINEAR_KERNELS
+from hwmodels.mixers import mixer_seconds
 from hwmodels.profile import Profile
 from hwmodels.topology import Topology, is_mesh, make_topology, max_min_rates, members_per_node
+from simcore.linear import SCAN
 from simcore.ops import Op, Size, work
 from simcore.program import axis_degree, folded
 
@@ -93,11 +96,42 @@ class ClusterCost:
         payload = work(op).payload_bytes
         if "beside_bytes" in op.attrs and not is_mesh(self.cluster):
             payload = payload + op.attrs["beside_bytes"]  # both ways leave through one port
+        if op.kind == SCAN:
+            return self._scan_seconds(op)
         group = self.layout(op.group)
         return sum(
             collective_seconds(name, payload, group, fit=fit, dtype=op.dtype)
             for name in CALLED.get(op.kind, (op.kind,))
         )
+
+    def _scan_seconds(self, op: Op) -> Size:
+        """Return the seconds until the last rank has the state of all before it.
+
+        Hops follow one another: of one slice all the way, then of the other slices over the
+        slowest link. Each is a message, and the sum with the rank's own state before the next.
+        """
+        group, slices = self.layout(op.group), op.attrs["slices"]
+        ranks, shared = int(np.max(group.ranks)), int(np.max(group.ranks_per_node))
+        first, last = op.attrs.get("between", (0, ranks - 1))
+        crossing = last // shared - first // shared
+        counts = {1: crossing, 2: last - first - crossing}  # members of the hop on one node
+        slice_op = Op("add", {"t": op.dims["n"] / slices, "n": 1}, op.dtype, (), ())
+        added = self._kernel_seconds(slice_op)
+        each = {m: self._hop_seconds(op, slices, m) + added for m, times in counts.items() if times}
+        others = (slices - 1) * max(each.values())
+        if "behind" in op.attrs:
+            return others + max(each.values())
+        passing = sum(counts[members] * seconds for members, seconds in each.items())
+        return passing if "last_slice" in op.attrs else passing + others
+
+    def _hop_seconds(self, op: Op, slices: int, members: int) -> Size:
+        """Return the seconds of a slice of a state between ranks, so many of two on one node."""
+        payload = work(op).payload_bytes / slices
+        if self.profile is not None:
+            latency_s, s_per_byte = self.profile.messages
+            return latency_s + s_per_byte * payload
+        pair = GroupLayout(2, members, self.cluster.scale_up, self.cluster.scale_out)
+        return collective_seconds("send_recv", payload, pair, dtype=op.dtype)
 
     def _kernel_seconds(self, op: Op) -> Size:
         if op.kind == "alias":
@@ -108,6 +142,8 @@ class ClusterCost:
             return fitted(op, measured[1]) * self._contention(op)
         if self.synchronous:
             return roofline(op, chip)
+        if op.kind in LINEAR_KERNELS:
+            return mixer_seconds(LINEAR_KERNELS[op.kind](op), chip, op.dtype)
         name, shape = KERNELS[op.kind](op)
         return self.choice(name, product_dtype(op)).seconds(shape, chip, cold=True)
 
@@ -120,7 +156,7 @@ class ClusterCost:
         if measured is not None:
             # Of a normal variable, the median absolute value is 0.6745 standard deviations.
             return measured[0], measured[1].residual / 0.6745
-        if self.synchronous or op.kind == "alias":
+        if self.synchronous or op.kind == "alias" or op.kind in LINEAR_KERNELS:
             return "datasheet", DATASHEET_DEVIATION
         name, shape = KERNELS[op.kind](op)
         return name, self.choice(name, product_dtype(op)).deviation(shape, self.cluster.chip)
@@ -205,6 +241,7 @@ class ClusterCost:
 # Ops that are others, by nccl-tests' names, one after the other.
 CALLED = {
     "ring_shift": ("send_recv",),
+    SCAN: ("send_recv",),
     "quorum": ("all_gather",),
     "quorum_reduce": ("reduce", "broadcast"),
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from simcore.linear import carry_adjoint, linear_adjoint
 from simcore.ops import Buffer, Op, Size
 from simcore.ring import merge_adjoint, regroup_adjoint
 from simcore.streaming import attention_rows_adjoint, put_rows_adjoint, take_rows_adjoint
@@ -287,6 +288,8 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
     "attention_rows": attention_rows_adjoint,
     "take_rows": take_rows_adjoint,
     "put_rows": put_rows_adjoint,
+    "linear_attention": linear_adjoint,
+    "linear_carry": carry_adjoint,
     "regroup": regroup_adjoint,
     "all_to_all": _collective("all_to_all"),
     "softmax_loss": _softmax_loss,

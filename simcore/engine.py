@@ -17,6 +17,7 @@ import simpy
 
 from simcore.costs import CostModel, Network
 from simcore.estimate import is_message, is_tie, only_op, representative
+from simcore.linear import SCAN, hops
 from simcore.liveness import positions
 from simcore.mixed import Piece, Variant, is_ending
 from simcore.ops import COMPUTE, Op, work
@@ -153,7 +154,7 @@ class _Rank:
     stage_rank: int
     tails: dict[str, simpy.Event] = field(default_factory=dict)  # last work queued per stream
     ready: dict[Entry, simpy.Event] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)  # by group and stream
     clock: Clock = field(default_factory=Clock)
     pipeline: list[int] = field(default_factory=list)  # ranks of its pipeline, once asked for
 
@@ -173,6 +174,7 @@ class Engine:
     links: FluidLinks = field(init=False)
     processors: FluidLinks | None = None
     meetings: dict[Any, _Meeting] = field(default_factory=dict)
+    passed: dict[Any, simpy.Event] = field(default_factory=dict)  # scans: (ready, came) of a rank
     spans: list[Span] = field(default_factory=list)
     laid: Mapping[str, Template] = field(default_factory=dict)
     bench: Workbench = field(init=False)
@@ -393,14 +395,41 @@ class Engine:
         """Start when every followed member has come; last as long as the cost model says."""
         members = group_ranks(self.program.mesh, op.group, state.number)
         present = [rank for rank in members if rank in self.states]
-        number = state.counts[op.group] = state.counts.get(op.group, 0) + 1
+        call = op.group, op.stream  # ranks come to the calls of one stream in one order
+        number = state.counts[call] = state.counts.get(call, 0) + 1
+        if op.kind == SCAN and len(present) > 1:
+            return (yield from self._scan(state, op, members, number, begun))
         if len(present) > 1:
             late = op.attrs.get("backups", 0) if len(present) == len(members) else 0
-            meeting = self._meet((op.group, members[0], number), len(present) - late, late)
+            meeting = self._meet((*call, members[0], number), len(present) - late, late)
             yield meeting.ready
         begun.succeed()
         start = float(self.env.now)
         yield self.env.timeout(seconds)
+        return start
+
+    def _scan(
+        self, state: _Rank, op: Op, members: list[int], number: int, begun: simpy.Event
+    ) -> Generator[simpy.Event, Any, float]:
+        """Wait for the rank before, and for the hops between; the next rank waits for this one.
+
+        A rank passes on a slice when it has come, or all of them once its own state is there.
+        """
+        ranks = [r for r in members[:: -1 if op.attrs["reverse"] else 1] if r in self.states]
+        place, start = ranks.index(state.number), float(self.env.now)
+
+        def passed(index: int) -> simpy.Event:
+            key = op.group, members[0], number, ranks[index]
+            return self.passed.setdefault(key, self.env.event())
+
+        begun.succeed()
+        if place:
+            where = members.index(ranks[place - 1]), members.index(ranks[place])
+            last, whole = (float(self.cost.seconds(each)) for each in hops(op, *where))
+            before: Any = yield passed(place - 1)
+            came = max(before[1] + last, before[0] + whole, self.env.now)
+            yield self.env.timeout(came - self.env.now)
+        passed(place).succeed((start, float(self.env.now)))
         return start
 
     def _message(

@@ -17,7 +17,7 @@ from simcore.axes import SPACE, TIME, check_grid, grid_of, sharded_axes, turn, t
 from simcore.codecs import CodedSum, check_codecs, coded_boundary, coded_bytes, coded_sum
 from simcore.dtypes import DTYPE_BYTES
 from simcore.errors import InputError, unknown
-from simcore.models import GRID, ModelSpec, is_moe_layer, mixer_of
+from simcore.models import GRID, LINEAR, ModelSpec, is_moe_layer, mixer_of
 from simcore.moe import EXPERTS, LAYER, ExpertGrid, moe_block
 from simcore.network import (
     TRAINABLE,
@@ -54,7 +54,7 @@ from simcore.streaming import (
 )
 from simcore.workloads import Generation, TrainStep
 
-LAYERS = ("layer", *GRID, LAYER)  # units that layers are: see `layer_unit`
+LAYERS = ("layer", *GRID, LINEAR, LAYER)  # units that layers are: see `layer_unit`
 UNITS = ("embed", *LAYERS, "head")
 PARTS = {LAYER: (LAYER, EXPERTS)}  # units of which several flat buffers hold the weights
 QUORUM = "quorum"  # the block that finds which data ranks count
@@ -315,7 +315,7 @@ def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: 
         low.add("layer.F", layer_forward(low.chunks["layer"]))
     elif "layer" in units:
         low.add("layer.F", layer_block(model, tp, rows, buffers))
-    for mixer in units.intersection(GRID):
+    for mixer in units.intersection((*GRID, LINEAR)):
         found = layer_block(model, tp, rows, buffers, prefix=mixer, mixer=mixer)
         low.add(f"{mixer}.F", found)
     if LAYER in units:
@@ -754,6 +754,11 @@ def lower_pass(
         raise InputError(
             f"model {model.name!r} attends along the axes of a grid, which is trained only in this "
             "version: choose a model without frames to generate."
+        )
+    if LINEAR in model.mixers:
+        raise InputError(
+            f"model {model.name!r} has linear layers, which are trained only in this version: "
+            "choose a model without them to generate."
         )
     if parallel.cp > 1:
         raise InputError(

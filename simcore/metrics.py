@@ -20,7 +20,13 @@ from simcore.decode import Pass, passes
 from simcore.estimate import is_message, message_seconds, only_op
 from simcore.liveness import activation_parts, residents
 from simcore.lower import lower_pass
-from simcore.models import ModelSpec, active_parameter_count
+from simcore.models import (
+    STATEFUL,
+    ModelSpec,
+    active_parameter_count,
+    mixer_of,
+    recurrence_flops,
+)
 from simcore.ops import Size, work
 from simcore.pipelines.orders import is_split
 from simcore.program import Action, Program
@@ -39,9 +45,15 @@ GENERATE_PARTS = ("weights", "kv_cache", "activations", "logits")
 
 
 def model_flops_per_token(model: ModelSpec, seq_len: int, *, causal: bool = False) -> float:
-    """Return 6 N + 12 L h s, or 6 N + 6 L h s where causal attention is counted as half."""
-    attention = 12 * model.layers * model.heads * model.head_dim * seq_len
-    return 6 * active_parameter_count(model) + attention * (0.5 if causal else 1.0)
+    """Return 6 N + 12 L h s, or 6 N + 6 L h s where causal attention is counted as half.
+
+    A layer with a state has no scores: three times the products of its recurrence stand for them.
+    """
+    mixers = Counter(mixer_of(model, layer) for layer in range(model.layers))
+    states = sum(3 * mixers[mixer] * recurrence_flops(model, mixer) for mixer in STATEFUL)
+    attending = model.layers - sum(mixers[mixer] for mixer in STATEFUL)
+    attention = 12 * attending * model.heads * model.head_dim * seq_len
+    return 6 * active_parameter_count(model) + states + attention * (0.5 if causal else 1.0)
 
 
 def executed_flops(program: Program) -> float:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 from simcore.dtypes import DTYPE_BYTES, dtype_bytes
 from simcore.errors import InputError, unknown
+from simcore.linear import DECAYS
 
 GRID = ("space", "time")  # mixers that attend along one axis of a grid: `simcore.axes`
-MIXERS = ("mha", "gqa", "mqa", "mla", "sliding", *GRID, "ssm")
+LINEAR = "linear"
+MIXERS = ("mha", "gqa", "mqa", "mla", "sliding", *GRID, LINEAR, "ssm")
+STATEFUL = (LINEAR, "ssm")  # mixers with a state of fixed size in place of a cache
 FFN_MATRICES = {"gated": 3, "mlp": 2}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rmsnorm", "layernorm")
@@ -74,10 +77,11 @@ class ModelSpec:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
-    # mixers, one per layer: mha, gqa, mqa, mla, sliding, ssm. Empty: full attention everywhere
+    # mixers, one per layer, of MIXERS. Empty: full attention everywhere
     mixers: tuple[str, ...] = ()
     sliding_window: int = 0  # keys that a sliding layer sees, the query's own included
     frames: int = 0  # of a sequence, for layers that attend in space (a frame) or in time
+    linear_decay: str = "none"  # law of the linear layers' decay, a key of `simcore.linear.DECAYS`
     # state-space layers (mamba2)
     ssm_state: int = 0
     ssm_heads: int = 0
@@ -105,7 +109,7 @@ def default_mixer(model: ModelSpec) -> str:
 
 
 def mixer_of(model: ModelSpec, layer: int) -> str:
-    """Return the mixer of ``layer`` (from 0): mha, gqa, mqa, mla, sliding or ssm."""
+    """Return the mixer of ``layer`` (from 0), one of MIXERS."""
     return model.mixers[layer] if model.mixers else default_mixer(model)
 
 
@@ -178,6 +182,7 @@ _MIXER_PARAMETERS: dict[str, Callable[[ModelSpec], int]] = {
     "mqa": _attention,
     "sliding": _attention,
     **dict.fromkeys(GRID, _attention),
+    LINEAR: _attention,
     "mla": _mla,
     "ssm": _ssm,
 }
@@ -311,10 +316,17 @@ def _ffn_weights(model: ModelSpec, moe: bool) -> int:
     return each * width + model.hidden * (model.experts + model.shared_gate)
 
 
+def recurrence_flops(model: ModelSpec, mixer: str) -> int:
+    """Return the products of one token with a layer's state: into it and out of it."""
+    if mixer == LINEAR:
+        return 2 * (model.heads + model.kv_heads) * model.head_dim**2
+    return 4 * model.ssm_heads * model.ssm_head_dim * model.ssm_state
+
+
 def _mixing_flops(model: ModelSpec, mixer: str, seq_len: int, causal: bool) -> int:
-    """FLOPs of one sequence that depend on no weight: scores and values, or the SSM recurrence."""
-    if mixer == "ssm":
-        return 4 * seq_len * model.ssm_heads * model.ssm_head_dim * model.ssm_state
+    """FLOPs of one sequence that depend on no weight: scores and values, or a recurrence."""
+    if mixer in STATEFUL:
+        return seq_len * recurrence_flops(model, mixer)
     window = model.sliding_window if mixer == "sliding" else 0
     rows = {"space": seq_len // max(model.frames, 1), "time": model.frames}.get(mixer, seq_len)
     pairs = seq_len / rows * attended_pairs(rows, window, causal and model.causal)
@@ -327,8 +339,9 @@ def forward_flops(model: ModelSpec, batch: int, seq_len: int, causal: bool = Fal
     Head on every token included; scores and values are counted fully, as a kernel without
     causal skipping does (Megatron-LM 2021, appendix), or halved with ``causal`` where the
     network is causal. A sliding layer counts at most ``sliding_window`` keys per query. MLA is
-    counted expanded (keys and values rebuilt from the latent), SSM as its recurrence: the
-    products of input with B and of state with C. Look-ups, norms, convolutions are not products.
+    counted expanded (keys and values rebuilt from the latent), linear attention and SSM as their
+    recurrence: the products into the state and out of it. Look-ups, norms, convolutions are not
+    products.
     """
     embedding = model.embedding_dim or model.hidden
     weights = model.vocab * embedding
@@ -348,14 +361,15 @@ def layer_kv_elements(model: ModelSpec, mixer: str) -> int:
     """Return the cached elements per token of one layer; MLA keeps the latent and the rope key."""
     if mixer == "mla":
         return model.kv_lora_rank + model.qk_rope_head_dim
-    return 0 if mixer == "ssm" else 2 * model.kv_heads * model.head_dim
+    return 0 if mixer in STATEFUL else 2 * model.kv_heads * model.head_dim
 
 
 def kv_bytes_per_token(model: ModelSpec, context: int = 0) -> float:
     """Return the bytes of cache per token over all layers.
 
     With ``context`` tokens in the sequence, the mean per token: a sliding layer keeps at most
-    ``sliding_window`` of them. Without, every layer keeps the token. An SSM layer keeps none.
+    ``sliding_window`` of them. Without, every layer keeps the token. A layer with a state keeps
+    none.
     """
     elements = 0.0
     for (mixer, _), layers in layer_kinds(model).items():
@@ -367,18 +381,18 @@ def kv_bytes_per_token(model: ModelSpec, context: int = 0) -> float:
 
 
 def state_bytes_per_sequence(model: ModelSpec) -> float:
-    """Return the bytes of recurrent state per sequence over all SSM layers, whatever its length.
+    """Return the bytes of recurrent state per sequence over all layers, whatever its length.
 
     A mamba2 layer keeps heads x head_dim x state values and the last ``ssm_conv`` inputs of its
-    convolution.
+    convolution, a linear layer head_dim x head_dim values per KV head.
     """
-    layers = sum(n for (mixer, _), n in layer_kinds(model).items() if mixer == "ssm")
     inner, convolved, _ = _ssm_widths(model)
-    return (
-        layers
-        * (inner * model.ssm_state + convolved * model.ssm_conv)
-        * dtype_bytes(model.kv_dtype)
-    )
+    each = {
+        "ssm": inner * model.ssm_state + convolved * model.ssm_conv,
+        LINEAR: model.kv_heads * model.head_dim**2,
+    }
+    kept = sum(n * each.get(mixer, 0) for (mixer, _), n in layer_kinds(model).items())
+    return kept * dtype_bytes(model.kv_dtype)
 
 
 # ---------------------------------------------------------------- checks
@@ -419,6 +433,7 @@ def _check_names(model: ModelSpec) -> None:
         "activation": ACTIVATIONS,
         "norm": NORMS,
         "position": POSITIONS,
+        "linear_decay": DECAYS,
         "weights_dtype": DTYPE_BYTES,
         "kv_dtype": DTYPE_BYTES,
         "compute_dtype": DTYPE_BYTES,

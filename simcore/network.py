@@ -17,7 +17,8 @@ import numpy as np
 
 from simcore.axes import attend, local_grid
 from simcore.errors import InputError
-from simcore.models import GRID, ModelSpec
+from simcore.linear import linear_attention
+from simcore.models import GRID, LINEAR, ModelSpec
 from simcore.ops import Buffer, Op, Size
 from simcore.ring import exchanged, split_attention
 from simcore.sequence import WHOLE, SequenceSplit
@@ -232,6 +233,10 @@ def _attention(
         qkv = b.op(
             "rope", (qkv, "positions"), (turned,), t=tokens, n=(heads + kv_heads) * d, attrs=attrs
         )
+    if mixer == LINEAR:
+        sizes = rows.batch, rows.new, heads, kv_heads, d
+        out = linear_attention(b, rows.split, sizes, model.linear_decay, qkv)
+        return _attended(b, model, tp, out, tokens, heads * d)
     if mixer in GRID:
         out = exchanged(
             b,
@@ -338,6 +343,9 @@ def check_lowerable(model: ModelSpec, length: int) -> None:
         "a gate on its shared experts": model.shared_gate,
         "latent attention (MLA)": model.kv_lora_rank > 0,
         "state-space layers": "ssm" in model.mixers,
+        "linear layers on a grid of frames": model.frames > 0 and LINEAR in model.mixers,
+        "linear layers beside experts": model.experts > 0 and LINEAR in model.mixers,
+        "linear layers without a causal mask": not model.causal and LINEAR in model.mixers,
         "layers that slide over fewer tokens than a sequence has": (
             "sliding" in model.mixers and 0 < model.sliding_window < length
         ),

@@ -282,6 +282,46 @@ def _decode(op: Op) -> Work:
     )
 
 
+def _linear(
+    products: tuple[float, float, float],
+    reads: tuple[float, float, float],
+    writes: tuple[float, float, float],
+    *,
+    chunked: bool = False,
+) -> Callable[[Op], Work]:
+    """Return the work of a part of linear attention (`simcore.linear`).
+
+    ``products``: with a chunk's tokens per query, with the state per query, and per key;
+    ``reads`` and ``writes``: how often the columns of queries (or outputs), of keys and values,
+    and a state in fp32, which ``chunked`` exists for every chunk of ``c`` tokens.
+    """
+
+    def work(op: Op) -> Work:
+        d = op.dims
+        chunks = -(-d["s"] // d["c"]) if chunked else 1
+        rows = d["b"] * (chunks * d["c"] if chunked else d["s"])  # the last chunk is filled up
+        queries, keys = rows * d["h"] * d["d"], rows * d["hkv"] * d["d"]
+        within, out, into = products
+        states = d["b"] * d["hkv"] * chunks * d["d"] ** 2
+        columns = d["b"] * d["s"] * d["d"] * dtype_bytes(op.dtype)
+        sizes = columns * d["h"], columns * 2 * d["hkv"], states * 4.0
+        return Work(
+            flops=2 * (queries * (within * d["c"] + out * d["d"]) + into * keys * d["d"]),
+            vector_flops=within / 2 * rows * d["h"] * d["c"] + queries + keys + 2 * states,
+            read_bytes=sum(times * size for times, size in zip(reads, sizes, strict=True)),
+            write_bytes=sum(times * size for times, size in zip(writes, sizes, strict=True)),
+        )
+
+    return work
+
+
+def _state_prefix(op: Op) -> Work:
+    """Sum the states of ``parts`` ranks, each faded."""
+    size = op.dims["t"] * dtype_bytes(op.dtype)
+    parts = op.dims["parts"]
+    return Work(vector_flops=2 * parts * op.dims["t"], read_bytes=parts * size, write_bytes=size)
+
+
 def _collective(op: Op) -> Work:
     return Work(payload_bytes=op.dims["n"] * dtype_bytes(op.dtype))
 
@@ -289,7 +329,7 @@ def _collective(op: Op) -> Work:
 COMMUNICATION = frozenset(
     {
         *("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring_shift"),
-        *("quorum", "quorum_reduce", "send", "recv"),
+        *("state_scan", "quorum", "quorum_reduce", "send", "recv"),
     }
 )
 
@@ -330,6 +370,13 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "take_columns": _elementwise(1, 1, 0),
     "join_columns": _elementwise(1, 1, 0),
     "regroup": _elementwise(1, 1, 0),
+    "linear_attention": _linear((2, 1, 1), (1, 1, 1), (1, 0, 1), chunked=True),
+    "linear_attention_backward": _linear((5, 2, 3), (2, 1, 2), (1, 1, 2), chunked=True),
+    "linear_state": _linear((0, 0, 1), (0, 1, 0), (0, 0, 1)),
+    "linear_state_backward": _linear((0, 0, 2), (0, 1, 1), (0, 1, 0)),
+    "linear_carry": _linear((0, 1, 0), (2, 0, 1), (1, 0, 0)),
+    "linear_carry_backward": _linear((0, 2, 0), (2, 0, 1), (1, 0, 1)),
+    "state_prefix": _state_prefix,
     "cache_append": _cache_append,
     "route": _route,
     "route_backward": _route_backward,
@@ -351,6 +398,7 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "ring_shift": _collective,
     "quorum": _collective,
     "quorum_reduce": _collective,
+    "state_scan": _collective,
     "send": _collective,
     "recv": _collective,
 }

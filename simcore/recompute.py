@@ -21,7 +21,10 @@ POLICIES = ("none", "selective", "keep_attention", "full")
 # Kinds of op that a module consists of. Around a ring, attention's blocks travel again.
 MODULES: dict[str, frozenset[str]] = {
     "attention": frozenset(
-        {"attention", "attention_block", "attention_merge", "take_columns", "ring_shift"}
+        {
+            *("attention", "attention_block", "attention_merge", "take_columns", "ring_shift"),
+            *("linear_attention", "linear_carry"),  # the state that came is kept
+        }
     ),
     "norms": frozenset({"rmsnorm", "layernorm"}),
     "activation": frozenset({"swiglu", "gelu", "relu"}),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
+from simcore.gathered import gathered, gathered_adjoint
 from simcore.lightseq import balanced, balanced_adjoint
 from simcore.ops import Buffer, Op
 from simcore.sequence import SequenceSplit, Tile, busiest, tiles
@@ -258,11 +259,13 @@ _WAYS: dict[str, Callable[[Builder, Ring, str], str]] = {
     "keys": _ring,
     "queries": query_ring,
     "both": balanced,
+    "gathered": gathered,
 }
 _BACK: dict[str, Callable[[Op, Ring, Tape], None]] = {
     "keys": _ring_adjoint,
     "queries": query_ring_adjoint,
     "both": balanced_adjoint,
+    "gathered": gathered_adjoint,
 }
 
 

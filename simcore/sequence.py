@@ -33,8 +33,12 @@ class SequenceSplit:
     ring: int = 1
     ulysses: int = 1
     layout: str = "zigzag"
-    travels: str = "keys"  # or queries, both (idle places help: `lightseq`), nothing (`axes`)
+    # keys and values, queries, both (idle places help: `lightseq`), nothing (`axes`); "gathered":
+    # every rank gets all keys and values at once
+    travels: str = "keys"
     window: int = 0  # double ring: places of an inner ring; 0: one ring
+    states: str = ""  # how linear attention's states get on: "scan" or "gather"; "": not at all
+    slices: int = 1  # of a state in a scan, which follow one another
 
     @property
     def degree(self) -> int:

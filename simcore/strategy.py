@@ -6,12 +6,20 @@ import math
 from dataclasses import dataclass
 
 from simcore.errors import InputError, unknown
-from simcore.models import ModelSpec, shared_width
+from simcore.models import LINEAR, ModelSpec, shared_width
 from simcore.sequence import LAYOUTS, SequenceSplit
 from simcore.workloads import TrainStep
 
 # Outermost first: neighbouring ranks differ in tp, then cp, then dp, then pp (Megatron-LM's order).
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+# cp_kind of networks with linear attention -> how its softmax layers get their keys and values,
+# and its linear layers the state before their run of tokens (`simcore.linear`)
+STATE_KINDS = {
+    "lasp": ("keys", "scan"),
+    "lasp2": ("gathered", "gather"),
+    "zeco": ("gathered", "scan"),
+}
+DEFAULT_SLICES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +58,15 @@ class ParallelStrategy:
     cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses
     cp_ulysses: int = 1
     cp_window: int = 0  # double ring: ranks of an inner ring
+    cp_slices: int = 0  # zeco: slices of a state; 0: DEFAULT_SLICES
 
     @property
     def split(self) -> SequenceSplit:
         """How a sequence is split over the cp ranks."""
+        if self.cp_kind in STATE_KINDS:
+            travels, states = STATE_KINDS[self.cp_kind]
+            slices = (self.cp_slices or DEFAULT_SLICES) if self.cp_kind == "zeco" else 1
+            return SequenceSplit(self.cp, 1, "contiguous", travels, 0, states, slices)
         ring = {"ulysses": 1, "usp": self.cp_ring}.get(self.cp_kind, self.cp)
         travels = TRAVELS.get(self.cp_kind, "keys")
         layout = "contiguous" if travels in ("both", "nothing") else self.cp_layout
@@ -186,8 +199,35 @@ def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> 
 
 # Keys travel, queries do, either does, rows are traded for heads, for another axis of a grid; usp:
 # ring and ulysses.
-CP_KINDS = ("ring", "token_ring", "lightseq", "ulysses", "dsp", "usp")
+CP_KINDS = ("ring", "token_ring", "lightseq", "ulysses", "dsp", "usp", *STATE_KINDS)
 TRAVELS = {"token_ring": "queries", "lightseq": "both", "dsp": "nothing"}  # else keys
+
+
+def _check_states(model: ModelSpec, parallel: ParallelStrategy) -> None:
+    """Raise `InputError` where states of linear attention cannot get from rank to rank so."""
+    kind, linear = parallel.cp_kind, LINEAR in model.mixers
+    if parallel.cp_slices and kind != "zeco":
+        raise InputError(
+            f"[parallel].cp_slices {parallel.cp_slices} needs cp_kind = 'zeco', not {kind!r}: "
+            "leave it out, or change it."
+        )
+    if parallel.cp == 1:
+        return
+    if linear and kind not in STATE_KINDS:
+        raise InputError(
+            f"[parallel].cp_kind {kind!r} splits softmax attention, but model {model.name!r} has "
+            f"linear layers: choose one of {', '.join(STATE_KINDS)}."
+        )
+    if kind in STATE_KINDS and not linear:
+        raise InputError(
+            f"[parallel].cp_kind {kind!r} hands on states of linear layers, which model "
+            f"{model.name!r} has not: choose 'ring' or 'ulysses'."
+        )
+    if model.head_dim % parallel.split.slices:
+        raise InputError(
+            f"[parallel].cp_slices {parallel.split.slices} does not divide the model's head_dim "
+            f"{model.head_dim}: cp_slices = {math.gcd(model.head_dim, parallel.split.slices)} does."
+        )
 
 
 def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) -> None:
@@ -196,6 +236,7 @@ def check_split(model: ModelSpec, parallel: ParallelStrategy, seq_len: int = 0) 
         raise unknown("cp_kind", parallel.cp_kind, CP_KINDS)
     if parallel.cp_layout not in LAYOUTS:
         raise unknown("cp_layout", parallel.cp_layout, LAYOUTS)
+    _check_states(model, parallel)
     ring, ulysses = parallel.cp_ring, parallel.cp_ulysses
     if parallel.cp_kind == "usp" and ring * ulysses != parallel.cp:
         raise InputError(

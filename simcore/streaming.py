@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from simcore.errors import InputError
-from simcore.models import ModelSpec
+from simcore.models import LINEAR, ModelSpec
 from simcore.ops import Buffer, Op, Size
 from simcore.recompute import needed
 from simcore.strategy import ParallelStrategy
@@ -53,6 +53,7 @@ def check_streaming(
     wrong = {
         "a causal model": not model.causal,
         "a model without experts": model.experts > 0,
+        "a model without linear layers": LINEAR in model.mixers,
         "cp = 1": parallel.cp > 1,
         "sequence_parallel = false": parallel.sequence_parallel,
         "no recompute keys, since streamed layers keep their input alone": (

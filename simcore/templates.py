@@ -16,8 +16,10 @@ from functools import reduce
 import numpy as np
 
 from simcore.costs import CostModel
+from simcore.linear import SCAN, behind
 from simcore.ops import COMPUTE, Op, Size
 from simcore.program import Action, Call, Key, Program
+from simcore.ring import STREAM
 from simcore.timeline import RankTimes, uncovered, union
 
 HOST = "host"
@@ -110,7 +112,28 @@ class Workbench:
             if call not in self.placed:
                 self.placed[call] = self._place(call)
             found += self.placed[call]
-        return self._shared(found)
+        return self._shared(self._staggered(found))
+
+    def _staggered(self, steps: list[_Step]) -> list[_Step]:
+        """Return the steps with scans short that follow others the same way.
+
+        The first one staggers the ranks, until they meet again.
+        """
+        group, way, found = "", None, []
+        for step in steps:
+            if step.op.kind == SCAN:
+                mine = step.op.group, step.op.attrs["reverse"]
+                if mine == (group, way):
+                    step = replace(  # noqa: PLW2901
+                        step, seconds=_plain(self.cost.seconds(behind(step.op)))
+                    )
+                group, way = mine
+            elif group in step.op.group.split("*") and (
+                self.cost.synchronous or step.stream == STREAM
+            ):  # a host that launches ahead waits for nothing but what the layer itself reads
+                group = ""
+            found.append(step)
+        return found
 
     def _shared(self, steps: list[_Step]) -> list[_Step]:
         """Return the steps with compute stretched where collectives run beside it."""

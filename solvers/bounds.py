@@ -15,9 +15,10 @@ from typing import Protocol
 
 from hwmodels.cost import ClusterCost
 from simcore.costs import transfer_seconds
+from simcore.errors import InputError
 from simcore.liveness import SHARES_STORAGE
-from simcore.lower import lower_training
-from simcore.models import ModelSpec
+from simcore.lower import layer_unit, lower_training
+from simcore.models import LINEAR, ModelSpec
 from simcore.moe import EXPERTS, LAYER
 from simcore.ops import COMPUTE, Op
 from simcore.program import PERSISTENT, Call, Program
@@ -28,7 +29,7 @@ from simcore.workloads import TrainStep
 Streams = dict[str, float]  # seconds that pass on each stream
 THREADS = (COMPUTE, HOST)
 UNITS = ("embed", "layer", "head")
-OWNERS = {"layer": ("layer", LAYER, EXPERTS)}  # whose weights a unit keeps
+OWNERS = {"layer": ("layer", LAYER, EXPERTS, LINEAR)}  # whose weights a unit keeps
 COMPUTING = (".F", ".R", ".B")  # ends of the blocks that data parallelism leaves as they are
 CostOf = Callable[[ParallelStrategy], ClusterCost]
 
@@ -277,14 +278,20 @@ class TrainBounds:
     def _bench(self, parallel: ParallelStrategy) -> tuple[Program, Workbench]:
         """Return one layer with its embedding and head, and a bench to lay their blocks on.
 
-        A layer with experts goes by the name of a plain one: all layers are of one kind.
+        A layer of another kind goes by the name of a plain one: all layers are of one kind.
         """
+        if {layer_unit(self.model, layer) for layer in range(self.model.layers)} > {LINEAR}:
+            raise InputError(
+                f"model {self.model.name!r} mixes linear and softmax layers, which the planner "
+                "does not bound in this version: give the strategy in [parallel]."
+            )
         model = replace(self.model, layers=1, mixers=self.model.mixers[:1])
         work = replace(self.workload, global_batch=parallel.dp * parallel.microbatch)
         program = lower_training(model, parallel, work)
         blocks = {
-            f"layer.{name.removeprefix(f'{LAYER}.')}" if name.startswith(f"{LAYER}.") else name: b
-            for name, b in program.blocks.items()
+            f"layer.{what}" if unit in (LAYER, LINEAR) else name: block
+            for name, block in program.blocks.items()
+            for unit, _, what in [name.partition(".")]
         }
         program = replace(program, blocks=blocks)
         return program, Workbench(program, self.cost_of(parallel))

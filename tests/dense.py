@@ -127,6 +127,9 @@ class Layer(nn.Module):
             q, k = rotate(q), rotate(k)
         k, v = (torch.repeat_interleave(p, h // kv, dim=1) for p in (k, v))
         scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(d)
+        if self.mixer == "linear":
+            kept = self.decay(kv, rows, x).repeat_interleave(h // kv, 0)
+            return self.y(torch.einsum("bhij,bhjd->bihd", scores * kept, v).flatten(2))
         scores = scores.masked_fill(~self.sees(rows), -torch.inf)
         mixed = torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v)
         return self.y(mixed.reshape(batch, rows, h * d))
@@ -138,6 +141,13 @@ class Layer(nn.Module):
         same = {"space": row // places, "time": row % places}.get(self.mixer, torch.zeros(rows))
         earlier = row[:, None] >= row if self.model.causal else torch.ones(rows, rows) > 0
         return (same[:, None] == same) & earlier
+
+    def decay(self, heads: int, rows: int, like: Tensor) -> Tensor:
+        """Return what is left of row j in row i by RetNet's law or none: [heads, rows, rows]."""
+        head = torch.arange(heads, dtype=like.dtype)[:, None, None]
+        base = 1 - torch.exp2(-5 - head) if self.model.linear_decay == "retnet" else head * 0 + 1
+        gap = torch.arange(rows)[:, None] - torch.arange(rows)
+        return torch.where(gap >= 0, base ** gap.clamp(min=0), 0.0).to(like.dtype)
 
     def ffn(self, x: Tensor) -> Tensor:
         if hasattr(self, "experts"):
@@ -212,7 +222,7 @@ class Dense(nn.Module):
         for number, layer in enumerate(self.layers):
             experts = getattr(layer, "experts", None)
             unit = "layer" if experts is None else "moe"
-            unit = layer.mixer if layer.mixer in GRID else unit
+            unit = layer.mixer if layer.mixer in (*GRID, "linear") else unit
             for attribute, name in NORMS.items():
                 norm = getattr(layer, attribute, None)
                 for part, value in norm.named_parameters() if norm is not None else ():

@@ -80,13 +80,15 @@ LATTE = replace(
     tied_embeddings=False,
 )
 OTHER_WAY = replace(LATTE, name="time-first", mixers=("time", "space") * 2, causal=True)
+LINEAR = replace(LLAMA, name="linear-like", mixers=("linear",) * 3)
+HYBRID = replace(
+    LLAMA, name="hybrid-like", mixers=("linear", "gqa", "linear"), linear_decay="retnet"
+)
 MODELS = {
     m.name: m
     for m in (
         *(LLAMA, TIED, GPT2, FALCON, GEMMA3, MIXTRAL, SHARED, DEEP, DEEPER, DEEP_TIED),
-        BOTH_WAYS,
-        LATTE,
-        OTHER_WAY,
+        *(BOTH_WAYS, LATTE, OTHER_WAY, LINEAR, HYBRID),
     )
 }
 TRAIN = TrainStep(global_batch=4, seq_len=8)
@@ -307,6 +309,20 @@ CASES = [
         "moe-ep-folded-zero1", SHARED, dp_shard=2, zero_stage=1, tp=2, sequence_parallel=True, ep=2
     ),
     case("moe-ep-pp", SHARED, dp_replicate=2, pp=2, ep=2, recompute="full"),
+]
+CASES += [  # linear attention, and what of it gets from rank to rank
+    case("linear", LINEAR, microbatch=2),
+    case("hybrid-tp", HYBRID, tp=2, sequence_parallel=True, recompute="selective"),
+    case("hybrid-pp", HYBRID, pp=2, recompute="full"),
+    case("lasp", HYBRID, cp=2, cp_kind="lasp", microbatch=2),
+    case("lasp2", HYBRID, cp=2, cp_kind="lasp2", microbatch=2, recompute="selective"),
+    case("zeco", LINEAR, cp=2, cp_kind="zeco", cp_slices=2, zero_stage=1),
+    case("lasp-on-4", LINEAR, cp=4, cp_kind="lasp", zero_stage=3),
+    case("lasp2-on-4", HYBRID, cp=4, cp_kind="lasp2", zero_stage=2, recompute="full"),
+    case("zeco-on-4", HYBRID, cp=4, cp_kind="zeco", microbatch=4),
+    case("lasp-dp", HYBRID, cp=2, dp_shard=2, cp_kind="lasp", recompute="full"),
+    case("lasp2-tp", HYBRID, cp=2, tp=2, cp_kind="lasp2", sequence_parallel=True),
+    case("zeco-pp", HYBRID, cp=2, pp=2, cp_kind="zeco", schedule="zb_h1"),
 ]
 BY_NAME = {c.name: c for c in CASES}
 BF16_CASES = [

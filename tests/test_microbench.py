@@ -32,7 +32,7 @@ from simcore.ops import COMMUNICATION, WORK, Op, work  # noqa: E402
 from simcore.program import Program  # noqa: E402
 from simcore.scenario import load_scenario  # noqa: E402
 from simcore.schedules import SCHEDULES  # noqa: E402
-from simcore.strategy import CP_KINDS, ParallelStrategy  # noqa: E402
+from simcore.strategy import CP_KINDS, STATE_KINDS, ParallelStrategy  # noqa: E402
 from simcore.workloads import TrainStep  # noqa: E402
 from validation.calibrate import FITTED, fit_kernels, fit_profile  # noqa: E402
 from validation.compare import validate_cases  # noqa: E402
@@ -42,6 +42,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("ring_attention", "experts", "zero_bubble", "dualpipev")
 MIXTRAL = replace(LLAMA, name="mixtral-like", experts=4, experts_per_token=2, moe_ffn=64, ffn=0)
 FRAMES = replace(GPT2, causal=False, frames=4, mixers=("space", "time") * 2, tied_embeddings=False)
+HYBRID = replace(LLAMA, name="hybrid", mixers=("linear", "mha") * 2)
 STEP = TrainStep(global_batch=8, seq_len=32)
 
 
@@ -73,8 +74,9 @@ def lowered() -> Iterator[Program]:
     for kind in CP_KINDS:
         parts = {"cp_ring": 2, "cp_ulysses": 2} if kind == "usp" else {}
         cp = 4 if parts else 2
-        model = FRAMES if kind == "dsp" else LLAMA
+        model = {"dsp": FRAMES}.get(kind, HYBRID if kind in STATE_KINDS else LLAMA)
         yield lower_training(model, ParallelStrategy(cp=cp, cp_kind=kind, **parts), STEP)
+    yield lower_training(HYBRID, ParallelStrategy(), STEP)
     for coded in ({}, {"error_feedback": True}, {"zero_stage": 2}):
         found = ParallelStrategy(dp_replicate=2, grad_codec="int8", **coded)
         yield lower_training(LLAMA, found, STEP)

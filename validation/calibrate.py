@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from hwmodels.kernels import FEATURES, OTHERS, elements, family
+from hwmodels.linear import LINEAR_KERNELS
 from hwmodels.profile import Profile, default_path, read_profile, write_atomically
 from simcore.ops import Op
 
@@ -41,7 +42,8 @@ FITTED: dict[str, tuple[str, ...]] = {
     **{f"attention_rows{form}": TILE for form in ("", ".first")},
     **{f"attention_rows_backward{form}": TILE for form in ("", ".first")},
     **{f"grouped_matmul.{a}{b}": GROUPED for a in ("nt", "nn", "tn") for b in ("", ".sorted")},
-    **dict.fromkeys(("route", "route_backward"), TRAFFIC),
+    **dict.fromkeys(LINEAR_KERNELS, ROOFLINE),
+    **dict.fromkeys(("route", "route_backward", "state_prefix"), TRAFFIC),
     **dict.fromkeys(("permute", "permute_backward", "combine", "combine_backward"), TRAFFIC),
 }
 """Families with more than one size; every other family keeps its points."""

@@ -76,7 +76,7 @@ RepeatedLayers = Annotated[
 ]
 Module = Literal["attention", "norms", "activation", "gathers"]
 CodecName = Literal["none", "int8", "fp8", "dynamic8"]
-Mixer = Literal["mha", "gqa", "mqa", "mla", "sliding", "space", "time", "ssm"]
+Mixer = Literal["mha", "gqa", "mqa", "mla", "sliding", "space", "time", "linear", "ssm"]
 
 
 def key_of(meaning: str, default: Any = ..., *, unit: str = "") -> Any:

@@ -104,6 +104,9 @@ class ModelTable(Table):
         0,
         unit="frames",
     )
+    linear_decay: Literal["none", "retnet"] = key_of(
+        "Law of the linear layers' decay per KV head: none, or RetNet's 1 - 2^(-5 - head).", "none"
+    )
     ssm_state: OptionalWidth = key_of("SSM: size of the state.", 0, unit="elements")
     ssm_heads: OptionalWidth = key_of("SSM: heads.", 0, unit="heads")
     ssm_head_dim: OptionalWidth = key_of("SSM: width of one head.", 0, unit="elements")

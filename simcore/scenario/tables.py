@@ -87,11 +87,14 @@ class ParallelTable(Table):
     tp: Degree = key_of("Tensor-parallel degree.", 1, unit="ranks")
     pp: Degree = key_of("Pipeline stages.", 1, unit="ranks")
     cp: Degree = key_of("Ranks that share each sequence.", 1, unit="ranks")
-    cp_kind: Literal["ring", "token_ring", "lightseq", "ulysses", "dsp", "usp"] = key_of(
+    cp_kind: Literal[
+        "ring", "token_ring", "lightseq", "ulysses", "dsp", "usp", "lasp", "lasp2", "zeco"
+    ] = key_of(
         "How they attend: blocks of keys and values on a ring; queries on a ring, outputs sent "
         "back; keys to later ranks, while idle ranks take over queries; heads traded for rows by "
         "all-to-all; rows of one axis of a grid for those of the other, between layers; or ring "
-        "and all-to-all, cp = cp_ring x cp_ulysses.",
+        "and all-to-all, cp = cp_ring x cp_ulysses. With linear layers: their states from rank to "
+        "rank (lasp), gathered (lasp2), or in slices from rank to rank (zeco).",
         "ring",
     )
     cp_layout: Literal["zigzag", "striped", "contiguous"] = key_of(
@@ -102,6 +105,9 @@ class ParallelTable(Table):
     cp_ulysses: Degree = key_of("Ulysses part of cp, for usp.", 1, unit="ranks")
     cp_window: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
         "Ranks of an inner ring, for a double ring; 0: one ring.", 0, unit="ranks"
+    )
+    cp_slices: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
+        "Slices of a state, for zeco; 0: 4.", 0, unit="slices"
     )
     ep: Degree = key_of(
         "Ranks that share out the experts of a layer, out of dp x cp x tp.", 1, unit="ranks"
