@@ -9,7 +9,8 @@ from functools import cache
 import numpy as np
 
 from hwmodels.catalogue import load_chip, load_cluster, make_cluster
-from simcore.metrics import Metrics
+from simcore.lower import lower_training
+from simcore.metrics import Metrics, heaviest_ranks, rank_memory_parts
 from simcore.strategy import ParallelStrategy
 from simcore.workloads import TrainStep
 from validation.systems.frame import Finding, check
@@ -103,35 +104,45 @@ def gspmd(*, dense_share: float = 1.0) -> Finding:
         ran: Ran = on_four_ranks()[name]
         counted &= ran.as_predicted
         repeated.append(sum(ran.flops) / (ran.dense_flops * dense_share) - 1)
-    model = gpt("dense-64b", 32, 8192, 128, 65536)
-    model = replace(model, head_dim=256)  # wide attention: 128 heads of 256
-    cluster = make_cluster("tpu-v3", 64)
-    work = TrainStep(64, 1024)
+    best = {chips: best_mesh(layers, chips) for layers, chips in ((32, 64), (64, 128))}
+    inside = all(0.50 <= round(found["mfu"], 2) <= 0.62 for _, found in best.values())
+    sums = all(-1e-12 <= r < 0.25 for r in repeated)
+    return Finding(
+        same and counted and sums and inside,
+        f"ranks do {', '.join(f'{r:.1%}' for r in repeated)} more than dense, as predicted to the "
+        "FLOP; "
+        + "; ".join(
+            f"best mesh of {chips} chips {name} at {found['mfu']:.1%} (executed work "
+            f"{found['hfu']:.1%})"
+            for chips, (name, found) in best.items()
+        )
+        + f"; losses differ by {error:.1e}",
+        "padding of the vocabulary and repeated heads are the only replication"
+        if inside
+        else "TPU kernels have no measured curves here, and a mesh of two tensor axes is not "
+        "lowered: utilisation misses",
+        ("dense networks of 32 and 64 layers of 8192, 128 heads of 256 (64B, 128B), on 64 and 128"
+         " TPU v3 chips, a sequence of 1024 each, as recalled from the paper's table, not confirmed",
+         "plans that fit", ON_RANKS),
+        "cpu",
+    )  # fmt: skip
+
+
+@cache
+def best_mesh(layers: int, chips: int) -> tuple[str, Metrics]:
+    """Return the fastest plan that fits, in words, and its metrics: tensor x sharded data ranks."""
+    model = replace(gpt("dense", layers, 8192, 128, 65536), head_dim=256)
+    cluster, work = make_cluster("tpu-v3", chips), TrainStep(chips, 1024)
     found: dict[str, Metrics] = {}
-    for (tp, dp), how, parts in itertools.product(
-        ((8, 8), (16, 4), (32, 2)), ("none", "full"), (1, 4)
-    ):
+    for tp, how, parts in itertools.product((8, 16, 32), ("none", "full"), (1, 4)):
+        dp = chips // tp
         plan = ParallelStrategy(tp=tp, dp_shard=dp, sequence_parallel=True, recompute=how,
-                                microbatch=64 // dp // parts)  # fmt: skip
+                                microbatch=chips // dp // parts)  # fmt: skip
         metrics = step(model, cluster, plan, work)
         if metrics["fits"]:
             found[f"{dp} x {tp}, recompute {how}, {parts} microbatches"] = metrics
     best = max(found, key=lambda name: found[name]["mfu"])
-    mfu = found[best]["mfu"]
-    sums = all(-1e-12 <= r < 0.25 for r in repeated)
-    return Finding(
-        same and counted and sums and 0.50 <= mfu <= 0.62,
-        f"ranks do {', '.join(f'{r:.1%}' for r in repeated)} more than dense, as predicted to the "
-        f"FLOP; best mesh {best} at {mfu:.1%} (executed work {found[best]['hfu']:.1%}); losses "
-        f"differ by {error:.1e}",
-        "padding of the vocabulary and repeated heads are the only replication"
-        if 0.50 <= mfu <= 0.62
-        else "TPU kernels have no measured curves here, and a mesh of two tensor axes is not "
-        "lowered: utilisation misses",
-        ("64B dense network (32 layers of 8192, 128 heads of 256) on 64 TPU v3 chips, 64 sequences "
-         "of 1024; plans that fit", ON_RANKS),
-        "cpu",
-    )  # fmt: skip
+    return best, found[best]
 
 
 @cache
@@ -164,6 +175,20 @@ def frontier_rates(size: str, replicas: int, batch: int) -> tuple[float, float]:
     return work * count / seconds, batch / seconds / world
 
 
+def scaling(size: str, few: int, many: int, batches: tuple[int, int]) -> float:
+    """Return throughput per rank with many replicas over that with few."""
+    return frontier_rates(size, many, batches[1])[1] / frontier_rates(size, few, batches[0])[1]
+
+
+def weak_scaling(batch_grows: bool) -> list[float]:
+    """Return the weak scaling of 175B to 1024 and of 1T to 3072 dies."""
+    more = (8, 3) if batch_grows else (1, 1)
+    return [
+        scaling("175B", 2, 16, (800, 800 * more[0])),
+        scaling("1T", 2, 6, (1600, 1600 * more[1])),
+    ]
+
+
 @check("G1.3", mutant={"batch_grows": False})
 def frontier(*, batch_grows: bool = True) -> Finding:
     """Order of utilisation calibrated on 22B, weak scaling and strong scaling on MI250X.
@@ -179,17 +204,10 @@ def frontier(*, batch_grows: bool = True) -> Finding:
     scale = 0.3838 / raw["22B"]
     found = {name: mfu * scale for name, mfu in raw.items()}
 
-    def scaling(size: str, few: int, many: int, batches: tuple[int, int]) -> float:
-        return frontier_rates(size, many, batches[1])[1] / frontier_rates(size, few, batches[0])[1]
-
-    grow = batch_grows
-    weak = [
-        scaling("175B", 2, 16, (800, 6400 if grow else 800)),
-        scaling("1T", 2, 6, (1600, 4800 if grow else 1600)),
-    ]
+    weak = weak_scaling(batch_grows)
     strong = [scaling("175B", 2, 16, (8000, 8000)), scaling("1T", 1, 6, (8016, 8016))]
     order = found["22B"] > found["175B"] > found["1T"]
-    scaled = min(weak) >= 0.95 and all(0.87 - 0.02 <= s <= 0.90 + 0.02 for s in strong)
+    scaled = min(weak) >= 0.95 and all(0.87 <= round(s, 2) <= 0.89 for s in strong)
     return Finding(
         same and order and scaled,
         f"175B {found['175B']:.1%}, 1T {found['1T']:.1%} after 22B at 38.4% (factor {scale:.2f}); "
@@ -197,10 +215,13 @@ def frontier(*, batch_grows: bool = True) -> Finding:
         f"losses differ by {error:.1e}",
         "larger models pay more tensor and pipeline communication"
         if order and scaled
-        else "stragglers and congestion of a shared fabric, which grow with the ranks, are "
-        "missing; the plans of the paper are inferred",
-        ("22B on 64, 175B and 1T on 1024 dies; tensor x pipeline 2 x 4, 4 x 16, 8 x 64",
-         "strong scaling from one replica's smallest run at batch 8000", ON_RANKS),
+        else "weak scaling of 100 % leaves no exposed exchange or jitter that grows with the "
+        "ranks, so the lost 11 to 13 % are bubbles of fewer or larger microbatches than these "
+        "batches give: the paper's batches per replica are missing, and what tensor ranks cost "
+        "across packages of MI250X, whose links and kernels have no measured curves",
+        ("22B on 64, 175B and 1T on 1024 dies; tensor x pipeline 2 x 4, 4 x 16, 8 x 64; global "
+         "batches 512, 1600, 1600 and 8000: recalled from arXiv 2312.12705, not confirmed",
+         "strong scaling from two replicas of 175B and one of 1T", ON_RANKS),
         "cpu",
     )  # fmt: skip
 
@@ -208,49 +229,56 @@ def frontier(*, batch_grows: bool = True) -> Finding:
 # ------------------------------------------------------------------ G1.4
 
 
-@check("G1.4", mutant={"memory_share": 0.02})
+PANGU = gpt("pangu-200b", 64, 16384, 128)  # Zeng et al. 2021, table 1: layers, width, heads
+
+
+@cache
+def pangu_bytes() -> dict[tuple[int, int, int, str], float]:
+    """Return the peak bytes of every (tensor, pipeline, ZeRO stage, recomputation) on 2048 ranks.
+
+    Read off the lowered step, with as many microbatches as stages: more add nothing in 1F1B.
+    """
+    found = {}
+    for tp, pp, zero, how in itertools.product(
+        (1, 2, 4, 8, 16), (1, 4, 16, 64), (0, 1), ("none", "full")
+    ):
+        dp = 2048 // tp // pp
+        plan = ParallelStrategy(tp=tp, pp=pp, dp_shard=dp, zero_stage=zero, recompute=how)
+        program = lower_training(PANGU, plan, TrainStep(dp * pp, 1024))
+        found[tp, pp, zero, how] = max(
+            sum(rank_memory_parts(program, rank).values()) for rank in heaviest_ranks(program)
+        )
+    return found
+
+
+@check("G1.4", mutant={"memory_share": 0.1})
 def pangu(*, memory_share: float = 1.0) -> Finding:
     """Plans of a 200B network that fit 2048 Ascend 910, with and without each of five dimensions.
 
-    Bytes per rank by counting: weights 2, gradients 4, states 12 per parameter; activations of
-    Korthikanti et al. 2022. ``memory_share``: of the device's memory.
+    ``memory_share``: of the device's memory.
     """
     same, error = exact("unequal pipeline + ZeRO-1 + recomputation", "tensor + pipeline")
-    layers, width, tokens, world = 64, 16384, 1024, 2048
-    params = 12 * layers * width**2
     room = 0.9 * load_chip("ascend-910").hbm.size_bytes * memory_share
-
-    def fits(tp: int, pp: int, dp: int, zero: bool, remat: bool) -> bool:
-        shard = params / tp / pp
-        states = shard * (6 + 12 / (dp if zero else 1))
-        layer = tokens * width * (10 + 24 / tp) + 5 * 128 * tokens**2 / tp
-        flying = pp * layers / pp
-        live = flying * tokens * width * 2 / tp + layer if remat else flying * layer
-        return states + live <= room
-
-    plans = {
-        (tp, pp, world // tp // pp, zero, remat)
-        for tp in (1, 2, 4, 8, 16) for pp in (1, 2, 4, 8, 16, 32, 64)
-        for zero in (False, True) for remat in (False, True)
-    }  # fmt: skip
-    able = {plan for plan in plans if fits(*plan)}
+    plans = pangu_bytes()
+    able = {plan for plan, need in plans.items() if need <= room}
     without = {
         "operator": {p for p in able if p[0] == 1},
         "pipeline": {p for p in able if p[1] == 1},
-        "data": {p for p in able if p[2] == 1},
-        "optimizer": {p for p in able if not p[3]},
-        "rematerialisation": {p for p in able if not p[4]},
+        "data": {p for p in able if p[0] * p[1] == 2048},
+        "optimizer": {p for p in able if not p[2]},
+        "rematerialisation": {p for p in able if p[3] == "none"},
     }
     subset = all(found < able for found in without.values())
     return Finding(
         same and bool(able) and subset,
-        f"{len(able)} of {len(plans)} plans fit; without "
-        + ", ".join(f"{name} {len(found)}" for name, found in without.items())
+        f"{len(able)} of {len(plans)} plans fit, the least at {min(plans.values()) / 1e9:.1f} GB; "
+        "without " + ", ".join(f"{name} {len(found)}" for name, found in without.items())
         + f"; losses differ by {error:.1e}",
         "each dimension divides another part of the memory" if able else "no plan fits",
-        ("64 layers of width 16384, 1024 tokens, 32 GB less a tenth", ON_RANKS),
+        ("64 layers of width 16384, 1024 tokens, 32 GB less a tenth; bytes of the lowered programs",
+         ON_RANKS),
         "cpu",
-    )
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ G1.9, G1.10
