@@ -122,7 +122,7 @@ def gspmd(*, dense_share: float = 1.0) -> Finding:
         else "TPU kernels have no measured curves here, and a mesh of two tensor axes is not "
         "lowered: utilisation misses",
         ("dense networks of 32 and 64 layers of 8192, 128 heads of 256 (64B, 128B), on 64 and 128"
-         " TPU v3 chips, a sequence of 1024 each, as recalled from the paper's table, not confirmed",
+         " TPU v3 chips, a sequence of 1024 each, as recalled from the paper's table, unconfirmed",
          "plans that fit", ON_RANKS),
         "cpu",
     )  # fmt: skip
