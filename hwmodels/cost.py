@@ -181,9 +181,15 @@ class ClusterCost:
         if self.profile is None:
             return 1.0
         if self.cluster.world > 1:
-            return max(1.0, self.cluster.world / (self.profile.cores or self.cluster.world))
+            return self.crowding
         limit = "compute" if op.kind in ("matmul", "grouped_matmul", *ATTENTION_KINDS) else "memory"
         return self.profile.alone.get(limit, 1.0)
+
+    @property
+    def crowding(self) -> float:
+        """Ranks per processor of the measured machine, at least 1."""
+        ranks = self.cluster.world
+        return max(1.0, ranks / (self.profile.cores or ranks)) if self.profile else 1.0
 
     def issue_seconds(self, op: Op) -> Size:
         """Return the host's time to start ``op``; a CPU's measured kernels contain their own."""

@@ -246,6 +246,8 @@ def test_the_strategies_of_the_examples_really_run() -> None:
     for each in found.cases:
         assert 0 < each.measured_s < 60
         assert each.predicted_s > 0
+        assert 0 < each.processor_s[1] <= 2 * each.measured_s * 1.5
+        assert each.processor_error is not None
         assert {span.rank for span in each.measured.spans} == {0, 1}
 
 

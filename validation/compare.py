@@ -34,6 +34,7 @@ from simcore.strategy import ParallelStrategy, check_strategy
 from simcore.timeline import Span, Timeline, timeline
 from simcore.workloads import Generation, TrainStep
 from validation.grid import Case, batch_text, read_grid
+from validation.processor import measured_processor_seconds, predicted_processor_seconds
 
 ROUNDS = 5
 ORDER_MARGIN = 0.10  # pairs that differ by less are ties
@@ -63,6 +64,7 @@ class Compared:
     bound_s: Mapping[str, float]
     predicted: Timeline = field(repr=False, compare=False)
     measured: Timeline = field(repr=False, compare=False)
+    processor_s: tuple[float, float] = (0.0, 0.0)  # of all ranks: predicted, measured (0: not told)
 
     @property
     def measured_s(self) -> float:
@@ -73,6 +75,12 @@ class Compared:
     def error(self) -> float:
         """Predicted over measured, less one."""
         return self.predicted_s / self.measured_s - 1
+
+    @property
+    def processor_error(self) -> float | None:
+        """Predicted over measured processor time, less one."""
+        predicted, measured = self.processor_s
+        return predicted / measured - 1 if measured else None
 
     @property
     def quietest_error(self) -> float:
@@ -106,6 +114,9 @@ class Compared:
             f"measured_{self.metric}": self.measured_s,
             "error": self.error,
             "quietest_error": self.quietest_error,
+            "predicted_processor_s": self.processor_s[0],
+            "measured_processor_s": self.processor_s[1],
+            "processor_error": self.processor_error,
             "baseline_s": self.baseline_s,
             "baseline_error": self.baseline_error,
             "bound": self.bound,
@@ -133,6 +144,7 @@ class Comparison:
         """Return the errors over all cases, the baseline's beside them."""
         errors = [abs(case.error) for case in self.cases]
         right, pairs = ordered_pairs(self.cases)
+        processor = [abs(e) for each in self.cases if (e := each.processor_error) is not None]
         return {
             "cases": len(self.cases),
             "median_abs_error": statistics.median(errors),
@@ -149,6 +161,7 @@ class Comparison:
             "quietest_median_abs_error": statistics.median(
                 abs(case.quietest_error) for case in self.cases
             ),
+            "processor_median_abs_error": statistics.median(processor) if processor else None,
             "bounds": {b: sum(case.bound == b for case in self.cases) for b in BOUNDS},
         }
 
@@ -351,6 +364,10 @@ def strategy_text(parallel: ParallelStrategy, kind: str) -> str:
     ]
     if kind == "generate":
         return ", ".join(words) or "one rank"
+    if parallel.cp > 1:
+        words.append(parallel.cp_kind)
+    if parallel.ep > 1:
+        words.append(f"ep {parallel.ep}")
     if parallel.dp > 1:
         words.append(f"ZeRO {parallel.zero}")
     if parallel.sequence_parallel:
@@ -448,6 +465,10 @@ def compare_case(
         bound_seconds(lowered, profile),
         predicted_timeline(lowered, profile),
         typical(results, measured.median_s),
+        (
+            predicted_processor_seconds(lowered.programs, lowered.cost(profile)),
+            measured_processor_seconds(results),
+        ),
     )
 
 

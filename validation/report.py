@@ -145,7 +145,7 @@ def verdict(comparison: Comparison) -> str:
     noise = (
         f" The machine was not quiet: repeats of a case spread by {found['median_spread']:.0%}. "
         f"Against the quietest repeat of each case the median error is "
-        f"{found['quietest_median_abs_error']:.1%}."
+        f"{found['quietest_median_abs_error']:.1%}{_processor(found)}."
         if found["median_spread"] > NOISY
         else ""
     )
@@ -154,6 +154,12 @@ def verdict(comparison: Comparison) -> str:
         f"average the prediction is {abs(found['mean_error']):.1%} {lean}. By the prediction, "
         f"cases are bound: {bounds}.{noise}"
     )
+
+
+def _processor(found: Mapping[str, Any]) -> str:
+    """Return the error of the processor time, which no other work disturbs, in words."""
+    error = found["processor_median_abs_error"]
+    return "" if error is None else f", that of the ranks' processor time {error:.1%}"
 
 
 def case_rows(cases: Sequence[Compared], marks: Sequence[str]) -> Iterator[list[str]]:
