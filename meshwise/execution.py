@@ -15,6 +15,7 @@ from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many
 from hwmodels.catalogue import THIS_CPU
 from hwmodels.profile import Profile, default_path, read_profile
 from meshwise import __version__
+from meshwise.lengths import measured, share_out
 from meshwise.prediction import Answer, provenance, strategy_table
 from meshwise.prediction import choose_strategy as plan_strategy
 from meshwise.result import Result
@@ -23,6 +24,7 @@ from simcore.decode import passes
 from simcore.errors import InputError
 from simcore.lower import check_generation, lower_training
 from simcore.metrics import Metrics, PassTimes, generate_metrics, pass_program, train_metrics
+from simcore.mixed import MixedProgram
 from simcore.models import ModelSpec, parameter_count
 from simcore.program import Program
 from simcore.scenario import Scenario, scenario_hash
@@ -148,7 +150,12 @@ def measured_metrics(
             memory_bytes=room,
             reserve_bytes=reserve,
         )
-    return metrics | {
+    return metrics | repeated(found)
+
+
+def repeated(found: RunResult) -> Metrics:
+    """Return what the repeats and the ranks of a run took and moved."""
+    return {
         "repeats_s": list(found.seconds),
         "ranks": [
             {
@@ -177,11 +184,18 @@ def run_scenario(
     _check_rank(rank, setting.cluster.world)
     parallel = strategy or strategy_of(scenario, setting)
     method = scenario.decoding.method if scenario.decoding else "autoregressive"
-    job = work_of(model, parallel, work, method)
+    shared = None
+    if isinstance(work, TrainStep) and work.lengths:
+        shared = share_out(model, work, parallel, setting)
+    job = shared.mixed if shared else work_of(model, parallel, work, method)
     options = options_of(scenario, rank, repeats, timeout_s)
     busy = load_warning(1 if rank is not None else setting.cluster.world)
     found = run_many([Job(job, options)])[0]
-    metrics = measured_metrics(model, parallel, work, job, found, setting)
+    if shared is not None:
+        metrics = measured(shared, setting, found.timeline()) | repeated(found)
+    else:
+        assert not isinstance(job, MixedProgram)
+        metrics = measured_metrics(model, parallel, work, job, found, setting)
     origin = provenance(scenario, setting, "execute") | {
         "model": model.name,
         "parameters": parameter_count(model),

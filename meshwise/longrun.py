@@ -15,6 +15,7 @@ from simcore.scenario import Scenario
 from simcore.scenario.workloads import TrainWorkload
 from simcore.stragglers import Slow
 from simcore.timeline import Timeline
+from simcore.workloads import TrainStep
 
 DRAWS = 100
 MOST_FAILURES = 200_000  # over all draws, about ten seconds
@@ -38,7 +39,9 @@ def run_metrics(
     backups = parallel.backup_workers if parallel else 0
     slow = replace(given.slow() if given else Slow(), spared=backups)
     busiest = max(timeline.times.values(), key=lambda times: times.compute_s)
-    tokens = table.global_batch * table.seq_len
+    work = scenario.work()
+    assert isinstance(work, TrainStep)
+    tokens = work.tokens
     if parallel and backups:  # what is dropped teaches nothing
         tokens = tokens * (parallel.dp - backups) // parallel.dp
     step = Step(timeline.step_s, busiest.compute_s, busiest.exposed_s, tokens)

@@ -153,6 +153,8 @@ def predict_training(
 ) -> Answer:
     """Return the answer for one training step."""
     check_strategy(model, parallel, setting.cluster.world)
+    if work.lengths:
+        return _predict_lengths(model, work, parallel, setting)
     program = lower_training(model, parallel, work)
     found = run_timeline(program, setting, engine)
     metrics = train_metrics(
@@ -170,8 +172,7 @@ def predict_training(
     metrics["interval_s"] = interval(metrics["step_s"], deviation)
     notes = (
         _folding(program),
-        "mfu counts 6 N + 12 L h s FLOPs per token (full attention), mfu_causal half of the "
-        "attention; both over the peak of " + _peak_name(setting, model.compute_dtype) + ".",
+        _mfu_note(model, setting),
         _memory_note(setting),
         INTERVAL_NOTE,
     )
@@ -190,6 +191,31 @@ def _memory_note(setting: Setting) -> str:
     kept = f", and what {setting.framework} keeps beside them" if setting.framework else ""
     tensors = f"peak memory is what the worst rank's tensors occupy at once{kept}; "
     return tensors + setting.reserve_note
+
+
+def _mfu_note(model: ModelSpec, setting: Setting) -> str:
+    return (
+        "mfu counts 6 N + 12 L h s FLOPs per token (full attention), mfu_causal half of the "
+        "attention; both over the peak of " + _peak_name(setting, model.compute_dtype) + "."
+    )
+
+
+def _predict_lengths(
+    model: ModelSpec, work: TrainStep, parallel: ParallelStrategy, setting: Setting
+) -> Answer:
+    """Return the answer for one training step over sequences of unequal length."""
+    from meshwise import lengths
+
+    shared = lengths.share_out(model, work, parallel, setting)
+    metrics, found = lengths.predicted(shared, setting)
+    notes = (
+        *lengths.notes(shared),
+        _mfu_note(model, setting),
+        _memory_note(setting),
+        INTERVAL_NOTE,
+    )
+    warnings = setting.dtype_warnings(model.compute_dtype) + _fit_warning(metrics)
+    return Answer(metrics, notes, warnings, found, parallel)
 
 
 def _peak_name(setting: Setting, dtype: str) -> str:

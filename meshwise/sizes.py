@@ -149,6 +149,11 @@ class Search:
 
 def _case(scenario: Scenario, setting: Setting) -> Case:
     work = scenario.work()
+    if isinstance(work, TrainStep) and work.lengths:
+        raise InputError(
+            "the largest of what fits is sought for sequences of one length: remove "
+            "[workload].lengths; seq_len stands for the longest."
+        )
     if not isinstance(work, TrainStep):
         raise InputError("the largest size is that of a training step: give kind = 'train'.")
     parallel = scenario.strategy() or choose_strategy(scenario, setting)[0]

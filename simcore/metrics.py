@@ -56,6 +56,15 @@ def model_flops_per_token(model: ModelSpec, seq_len: int, *, causal: bool = Fals
     return 6 * active_parameter_count(model) + states + attention * (0.5 if causal else 1.0)
 
 
+def step_flops(model: ModelSpec, workload: TrainStep, *, causal: bool = False) -> float:
+    """Return the model FLOPs of a step, each sequence at its own length."""
+    alike = Counter(workload.lengths) or {workload.seq_len: workload.global_batch}
+    return sum(
+        count * length * model_flops_per_token(model, length, causal=causal)
+        for length, count in alike.items()
+    )
+
+
 def executed_flops(program: Program) -> float:
     """Return the matrix-product FLOPs of one run of the program, over all ranks."""
     blocks = {
@@ -74,9 +83,8 @@ def achieved(
     model: ModelSpec, workload: TrainStep, world: int, step_s: float, peak_flops_per_s: float
 ) -> Metrics:
     """Return throughput and model-FLOPs utilisation of a step that took ``step_s``."""
-    tokens = workload.global_batch * workload.seq_len
-    flops = tokens * model_flops_per_token(model, workload.seq_len)
-    causal = tokens * model_flops_per_token(model, workload.seq_len, causal=True)
+    tokens = workload.tokens
+    flops, causal = (step_flops(model, workload, causal=half) for half in (False, True))
     available = step_s * world * peak_flops_per_s
     return {
         "step_s": step_s,

@@ -139,6 +139,14 @@ def unit_of(parallel: ParallelStrategy, degree: int) -> int:
     return unit
 
 
+_PLAIN: dict[str, tuple[object, ...]] = {  # keys that serve sequences of one length alone
+    "stream_chunks": (1,),
+    "loss_chunks": (0, 1),
+    "backup_workers": (0,),
+    "grad_codec": ("none",),
+}
+
+
 def check_mixed(model: ModelSpec, parallel: ParallelStrategy) -> None:
     """Raise `InputError` where groups of different degree cannot share a step."""
     if parallel.zero >= 2:
@@ -156,11 +164,11 @@ def check_mixed(model: ModelSpec, parallel: ParallelStrategy) -> None:
             "a capacity_factor would let padding take the place of tokens: leave "
             "[parallel].capacity_factor out where lengths differ."
         )
-    if max(parallel.stream_chunks, parallel.loss_chunks) > 1:
-        raise InputError(
-            "streamed layers and losses need sequences of one length: leave "
-            "[parallel].stream_chunks and loss_chunks out."
-        )
+    for key, plain in _PLAIN.items():
+        if getattr(parallel, key) not in plain:
+            raise InputError(
+                f"[parallel].{key} needs sequences of one length: leave it out where they differ."
+            )
     if find_schedule(parallel.schedule).updates:
         raise InputError(
             f"the schedule {parallel.schedule!r} updates weights within a step, which lengths that "
@@ -227,8 +235,9 @@ def lower_variant(
     """Return the program of one variant; its order is that of a lane with ``pieces`` pieces."""
     strategy = for_variant(parallel, variant)
     count = pieces * strategy.dp * variant.batch
-    tokens = work.loss_tokens or sum(work.lengths) or work.global_batch * work.seq_len
-    step = replace(work, global_batch=count, seq_len=variant.tokens, lengths=(), loss_tokens=tokens)
+    step = replace(
+        work, global_batch=count, seq_len=variant.tokens, lengths=(), loss_tokens=work.tokens
+    )
     return lower_training(model, strategy, step)
 
 

@@ -59,6 +59,7 @@ class ParallelStrategy:
     cp_ulysses: int = 1
     cp_window: int = 0  # double ring: ranks of an inner ring
     cp_slices: int = 0  # zeco: slices of a state; 0: DEFAULT_SLICES
+    balance: str | None = None  # of unequal lengths: one of `simcore.balance.BALANCERS`
 
     @property
     def split(self) -> SequenceSplit:

@@ -21,6 +21,11 @@ class TrainStep:
     lengths: tuple[int, ...] = ()
     loss_tokens: int = 0  # that the loss is a mean over; 0: all of the step's
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step, without padding."""
+        return sum(self.lengths) or self.global_batch * self.seq_len
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:

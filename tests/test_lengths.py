@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from hwmodels.catalogue import make_cluster
 from hwmodels.cost import ClusterCost
+from meshwise.prediction import predict_training
+from meshwise.setting import resolve
 from simcore.balance import (
     BALANCERS,
     Menu,
@@ -27,14 +30,17 @@ from simcore.engine import simulate
 from simcore.errors import InputError
 from simcore.lengths import length_classes, lognormal_lengths
 from simcore.lower import lower_training
+from simcore.metrics import step_flops
 from simcore.mixed import Variant, lower_mixed
 from simcore.mixed_engine import lane_sets, simulate_mixed
 from simcore.models import ModelSpec
+from simcore.scenario import load_scenario
 from simcore.strategy import ParallelStrategy
 from simcore.timeline import Timeline
 from simcore.workloads import TrainStep
 
 MODEL = ModelSpec("mine", 4, 512, 8, 8, 64, 1024, 1000)
+EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_lengths.toml"
 LIMIT_S, LIMIT_BYTES = 60.0, 2e9  # processor time, twice the goal: others share the machine
 
 
@@ -208,6 +214,22 @@ def test_memory_decides_how_many_lanes_a_sequence_needs() -> None:
         BALANCERS["static"](make_menu(pieces))
     with pytest.raises(InputError, match="fits no group of up to 8 lanes"):
         make_menu(pieces_of(parallel, lengths, memory_bytes=room / 4))
+
+
+def test_a_scenario_with_lengths_is_predicted() -> None:
+    scenario = load_scenario(EXAMPLE)
+    setting = resolve(scenario)
+    work, model, parallel = scenario.work(), scenario.model_spec(), scenario.strategy()
+    assert isinstance(work, TrainStep)
+    assert parallel is not None
+    found = predict_training(model, work, parallel, setting, "estimate").metrics
+    assert sum(found["groups"].values()) == work.global_batch == 10
+    assert found["pieces_bound_s"] <= found["pieces_s"] * (1 + 1e-9) < found["step_s"]
+    assert found["padding_fraction"] == 0.0
+    assert found["tokens_per_s"] == pytest.approx(sum(work.lengths) / found["step_s"])
+    alone = [TrainStep(1, n) for n in work.lengths]
+    assert found["model_flops"] == pytest.approx(sum(step_flops(model, one) for one in alone))
+    assert found["fits"]
 
 
 # ---------------------------------------------------------------- lengths

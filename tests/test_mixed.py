@@ -14,6 +14,7 @@ from simcore.accounting import mixed_totals
 from simcore.errors import InputError
 from simcore.lower import lower_training
 from simcore.mixed import IDLE, Assignment, MixedProgram, Piece, Variant, lane_of, lower_mixed
+from simcore.mixed_metrics import mixed_memory
 from simcore.models import ModelSpec
 from simcore.program import Action, Program
 from simcore.program_json import mixed_from_json, mixed_to_json
@@ -190,6 +191,11 @@ def test_a_mixed_step_equals_the_dense_reference(name: str) -> None:
         totals = mixed_totals(program, rank.rank)
         assert rank.payload_bytes == dict(totals.payload_bytes)
         assert rank.flops == totals.flops
+    if program.mesh["pp"] == 1:
+        held = mixed_memory(program, np.inf, 0.0)["peak_memory_bytes"]
+        most = max(rank.peak_live_bytes or 0 for rank in counted.ranks)
+        later = 4 * len(program.pieces)  # losses of pieces after the heaviest one
+        assert 0 <= held - most < later
 
 
 # ---------------------------------------------------------------- what is refused
@@ -206,7 +212,8 @@ def test_what_cannot_share_a_step_is_refused() -> None:
     refused("ep 2 exchanges rows", shape=MIXTRAL, dp_replicate=2, ep=2)
     refused("capacity_factor", shape=MIXTRAL, dp_replicate=2, capacity_factor=1.0)
     refused("updates weights within", dp_replicate=2, schedule="pipedream")
-    refused("streamed layers", dp_replicate=2, loss_chunks=2)
+    refused("loss_chunks needs sequences of one length", dp_replicate=2, loss_chunks=2)
+    refused("backup_workers needs", dp_replicate=2, backup_workers=1)
     refused("not causal", shape=replace(LLAMA, causal=False), dp_replicate=2)
     refused("stay together", dp_replicate=2, pp=2)
     refused("runs 4 sequences", ON_TWO[1:], dp_replicate=2)

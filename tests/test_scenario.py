@@ -11,10 +11,11 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from simcore.balance import BALANCERS
 from simcore.errors import InputError
 from simcore.models import ModelSpec
 from simcore.scenario import (
@@ -232,6 +233,57 @@ def test_schema_describes_every_key() -> None:
     json.dumps(schema, allow_nan=False)
 
 
+TRAIN = {"kind": "train", "global_batch": 3, "seq_len": 128}
+
+
+def test_lengths_come_from_a_list_a_law_or_a_file(tmp_path: Path) -> None:
+    def lengths(given: Any, **more: Any) -> tuple[int, ...]:
+        workload = {**TRAIN, "lengths": given, **more}
+        table = tables(parallel={"dp_replicate": 4}, workload=workload)
+        (tmp_path / "scenario.json").write_text(json.dumps(table))
+        found = load_scenario(tmp_path / "scenario.json").work()
+        assert isinstance(found, TrainStep)
+        return found.lengths
+
+    (tmp_path / "lengths.txt").write_text("7\n9, 4\n 5\n")
+    assert lengths([7, 9, 4, 5]) == lengths("lengths.txt") == (7, 9, 4)
+    drawn = lengths({"median": 20, "sigma": 1.0, "seed": 3}, seq_len=50)
+    assert drawn == lengths({"median": 20, "sigma": 1.0, "seed": 3}, seq_len=50)
+    assert len(set(drawn)) > 1
+    assert max(drawn) <= 50
+    (tmp_path / "words.txt").write_text("7 nine")
+    for wrong, said in (
+        ([7, 9], "holds 2 lengths but global_batch is 3"),
+        ([7, 9, 10**6], "raise seq_len"),
+        ([7, 0, 9], "holds 0: give whole numbers"),
+        ([], "is not a file, a list"),
+        (3, "is not a file, a list"),
+        ({"median": 20}, "needs sigma, a number of 0 or more, not null"),
+        ({"median": 0, "sigma": 1}, "needs median, a number above 0, not 0"),
+        ({"median": 9, "sigma": 1, "mean": 2}, "has no key 'mean'"),
+        ({"median": 9, "sigma": 1, "seed": 0.5}, "needs seed, a whole number"),
+        ("absent.txt", "cannot read absent.txt"),
+        ("words.txt", "words.txt holds 'nine'"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            lengths(wrong)
+
+
+def test_lengths_and_their_balance_stand_together() -> None:
+    given = {**TRAIN, "lengths": [7, 9, 4]}
+    for parallel, workload, said in (
+        ({}, given, "[workload].lengths needs a strategy"),
+        ({"balance": "hdp"}, {**TRAIN, "global_batch": 4}, "'hdp' has no meaning"),
+        ({"balance": "flexps"}, given, "did you mean 'flexsp'"),
+        ({"zero_stage": 3}, given, "zero_stage 3 gathers"),
+    ):
+        table = {"parallel": {"dp_replicate": 4, **parallel}} if parallel else {}
+        with pytest.raises(InputError, match=re.escape(said)):
+            make_scenario(**tables(workload=workload, **table))
+    choices = ParallelTable.model_fields["balance"].annotation
+    assert set(get_args(get_args(choices)[0])) == set(BALANCERS)
+
+
 # ------------------------------------------------------------------------------------ documentation
 
 
@@ -245,7 +297,8 @@ def type_of(rule: dict[str, Any]) -> str:
         return str(rule["const"])
     if rule["type"] == "array":
         return f"list of: {type_of(rule['items'])}"
-    words = {"integer": "whole number", "number": "number", "boolean": "true or false"}
+    words = {"integer": "whole number", "boolean": "true or false", "object": "table"}
+    words["number"] = "number"
     low = rule.get("minimum", rule.get("exclusiveMinimum"))
     span = "" if low is None else f" {low:g} to {rule['maximum']:g}"
     span = span.replace(" 0 to", " above 0 to") if "exclusiveMinimum" in rule else span

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from simcore.errors import InputError, nearest
+from simcore.mixed import check_mixed
 from simcore.recompute import check_recompute
 from simcore.scenario.fields import GenerateMetric, Table, TrainMetric
 from simcore.scenario.mistakes import raise_problems, sentence_of
@@ -211,7 +212,7 @@ def _check_microbatch(scenario: Scenario) -> None:
             f"{scenario.microbatch}: make them agree or drop one."
         )
     work = scenario.work()
-    if isinstance(work, TrainStep) and alias and work.global_batch % alias:
+    if isinstance(work, TrainStep) and alias and not work.lengths and work.global_batch % alias:
         raise InputError(
             f"[workload].global_batch = {work.global_batch} is not a multiple of "
             f"microbatch = {alias}: change one."
@@ -230,6 +231,21 @@ def _check_mesh(parallel: ParallelStrategy, world: int | None) -> None:
     )
 
 
+def _check_balance(scenario: Scenario, parallel: ParallelStrategy | None) -> None:
+    """Raise where lengths and the way to balance them do not stand together."""
+    differ = getattr(scenario.workload, "lengths", None) is not None
+    if differ and parallel is None:
+        raise InputError(
+            "[workload].lengths needs a strategy, which the planner does not choose where lengths "
+            "differ: give [parallel] with its degrees."
+        )
+    if parallel is not None and parallel.balance and not differ:
+        raise InputError(
+            f"[parallel].balance = {parallel.balance!r} has no meaning for sequences of one "
+            "length: give [workload].lengths, or remove it."
+        )
+
+
 def check_scenario(scenario: Scenario) -> None:
     """Raise `InputError` where tables contradict one another.
 
@@ -240,6 +256,7 @@ def check_scenario(scenario: Scenario) -> None:
     parallel = scenario.strategy()
     if parallel is not None:
         _check_mesh(parallel, scenario.world)
+    _check_balance(scenario, parallel)
     if scenario.model is None:
         return
     spec = scenario.model_spec()
@@ -249,7 +266,9 @@ def check_scenario(scenario: Scenario) -> None:
     check_recompute(parallel, stage_layers(spec, parallel))
     check_strategy(spec, parallel, parallel.world)
     work = scenario.work()
-    if isinstance(work, TrainStep):
+    if isinstance(work, TrainStep) and work.lengths:
+        check_mixed(spec, parallel)
+    elif isinstance(work, TrainStep):
         microbatches(parallel, work)
         check_split(spec, parallel, work.seq_len)
         check_streaming(spec, parallel, work.seq_len // parallel.cp)

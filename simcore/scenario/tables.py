@@ -29,6 +29,7 @@ from simcore.scenario.fields import (
     library_name,
     refusal,
 )
+from simcore.scenario.lengths import lengths_of
 from simcore.scenario.model import MODEL_DTYPES, ModelTable
 from simcore.scenario.workloads import (
     CollectiveWorkload,
@@ -120,6 +121,12 @@ class ParallelTable(Table):
     capacity_factor: Capacity | None = key_of(
         "Rows that an expert takes from a rank, over the even share; more are dropped. By default "
         "none is dropped where ep is 1, and 1.0 elsewhere.",
+        None,
+    )
+    balance: Literal["drawn", "static", "flexsp", "hdp", "zeppelin"] | None = key_of(
+        "How sequences of unequal length are given to groups of ranks: as drawn; balanced over "
+        "groups of cp ranks (the default); groups of different size; as few ranks for each as "
+        "memory allows; or split to even shares, short ones local.",
         None,
     )
     microbatch: Degree = key_of("Sequences of one microbatch on one replica.", 1, unit="sequences")
@@ -313,8 +320,12 @@ class Scenario(Table):
         table = self.workload
         if isinstance(table, TrainWorkload):
             params = table.params_dtype or ""
+            count, longest = table.global_batch, table.seq_len
+            lengths: tuple[int, ...] = ()
+            if table.lengths is not None:
+                lengths = lengths_of(table.lengths, self._folder, count, longest)
             return TrainStep(
-                table.global_batch, table.seq_len, table.optimizer, params, table.grads_dtype
+                count, longest, table.optimizer, params, table.grads_dtype, lengths=lengths
             )
         if isinstance(table, GenerateWorkload):
             return Generation(table.batch, table.input_tokens, table.output_tokens)

@@ -26,6 +26,7 @@ from simcore.scenario.fields import (
     key_of,
     refusal,
 )
+from simcore.scenario.lengths import Lengths
 
 
 class TrainWorkload(Table):
@@ -33,7 +34,13 @@ class TrainWorkload(Table):
 
     kind: Literal["train"] = key_of("What is to be run.")
     global_batch: Tokens = key_of("Sequences of one step, over all replicas.", unit="sequences")
-    seq_len: Tokens = key_of("Length of a sequence.", unit="tokens")
+    seq_len: Tokens = key_of("Length of a sequence, of the longest with lengths.", unit="tokens")
+    lengths: Lengths | None = key_of(
+        "Lengths of the sequences where they differ: a file with one a line, a list, or a "
+        "log-normal law { median, sigma, seed } cut at seq_len.",
+        None,
+        unit="tokens",
+    )
     microbatch: Degree | None = key_of("Alias of [parallel].microbatch.", None, unit="sequences")
     optimizer: Literal["adam"] = key_of("Optimizer.", "adam")
     params_dtype: StorageDtype | None = key_of(
