@@ -27,7 +27,9 @@ from simcore.ops import COMMUNICATION, COMPUTE, WORK, Op, Size
 from simcore.program import Action, Block, Program
 
 DATA = Path(__file__).parent / "data" / "frameworks.toml"
+RINGS = ("all_gather", "reduce_scatter")
 ATTENTIONS = ("fused", "unfused")
+WAITING = ("1f1b", "gpipe", "interleaved")  # schedules whose hosts may wait for each message
 _MASK_BYTES = 0.5  # of a dropout's mask, in elements of 16 bits
 
 
@@ -39,8 +41,11 @@ class Framework:
     elementwise kind over that of the program, 0 where another kernel does it on its way.
     ``issue_s``: host time per kernel; ``call_s``: per collective or message, and ``call_rank_s``
     more for every rank of its group. ``skew_s``: mean delay of the ranks that a collective waits
-    for. ``*_share``: part of their benchmarked speed that kernels of a family keep. ``step_s``:
-    work of a step that belongs to no op.
+    for. ``hop_s``: what a message between nodes takes besides its bytes, in a ring that passes on
+    one of every other rank (gathers and scatters; reductions take trees). ``*_share``: part of
+    their benchmarked speed that kernels of a family keep. ``aliases``: further names;
+    ``keeps``: its name in `hwmodels.training_memory.KEEPING`, "" where it keeps nothing beside a
+    program's buffers.
     """
 
     name: str
@@ -52,10 +57,12 @@ class Framework:
     call_s: float = 0.0
     call_rank_s: float = 0.0
     skew_s: float = 0.0
+    hop_s: float = 0.0
     matmul_share: float = 1.0
     attention_share: float = 1.0
     memory_share: float = 1.0
-    step_s: float = 0.0
+    aliases: tuple[str, ...] = ()
+    keeps: str = ""
     kernels: Mapping[str, float] = field(default_factory=dict)
     passes: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -72,7 +79,7 @@ class Framework:
                     f"{share} {getattr(self, share)} of framework {self.name!r} must be above 0 "
                     "and at most 1."
                 )
-        if min(self.issue_s, self.call_s, self.call_rank_s, self.skew_s, self.step_s) < 0:
+        if min(self.issue_s, self.call_s, self.call_rank_s, self.skew_s, self.hop_s) < 0:
             raise InputError(f"seconds of framework {self.name!r} must be 0 or above.")
 
 
@@ -80,14 +87,18 @@ class Framework:
 def frameworks() -> dict[str, Framework]:
     """Return every known framework, by name."""
     table = tomllib.loads(DATA.read_text(encoding="utf-8"))
-    return {name: Framework(name, **row) for name, row in table.items()}
+    return {
+        name: Framework(name, **{**row, "aliases": tuple(row.get("aliases", ()))})
+        for name, row in table.items()
+    }
 
 
 def load_framework(name: str) -> Framework:
-    """Return the framework called ``name``. Raises `InputError` for an unknown one."""
-    if name not in frameworks():
-        raise unknown("framework", name, frameworks())
-    return frameworks()[name]
+    """Return the framework of that name or alias. Raises `InputError` for an unknown one."""
+    named = {alias: it for it in frameworks().values() for alias in (it.name, *it.aliases)}
+    if name not in named:
+        raise unknown("framework", name, named)
+    return named[name]
 
 
 def arranged(program: Program, framework: Framework) -> Program:
@@ -96,6 +107,7 @@ def arranged(program: Program, framework: Framework) -> Program:
     Where reductions do not overlap they are in line with compute. Where hosts wait for messages,
     each message is received right before the action that needs it, and its op says so. Where they
     wait for batches, no host starts a microbatch before its device is done with what came before.
+    Raises `InputError` for a schedule whose messages cannot be waited for one by one.
     """
     if not framework.overlaps_gradients:
         blocks = {name: Block(name, _in_line(block.ops)) for name, block in program.blocks.items()}
@@ -104,6 +116,12 @@ def arranged(program: Program, framework: Framework) -> Program:
         program = replace(program, info={**program.info, "waits": True})
     if not framework.waits_for_messages:
         return program
+    schedule = program.info.get("schedule", WAITING[0])
+    if schedule not in WAITING:
+        raise InputError(
+            f"the framework {framework.name!r} waits for every message and has no schedule "
+            f"{schedule!r}: set [parallel].schedule to one of {', '.join(WAITING)}."
+        )
     blocks = {
         name: Block(name, tuple(_waiting(op) for op in block.ops))
         for name, block in program.blocks.items()
@@ -189,9 +207,7 @@ class FrameworkCost:
         """Return the seconds of all kernels that the framework runs for ``op``."""
         framework = self.framework
         if op.is_communication:
-            ranks = int(np.max(self.base.layout(op.group).ranks))
-            wait = framework.skew_s * harmonic(ranks) if ranks > 1 else 0.0
-            return self.base.seconds(op) + wait
+            return self.base.seconds(op) + self._waiting_seconds(op)
         if op.kind in ATTENTION_KINDS:
             unfused = framework.attention == "unfused"
             parts = attention_parts(op) if unfused else (op,)
@@ -204,6 +220,17 @@ class FrameworkCost:
         if passes != 1.0:
             op = replace(op, dims={**op.dims, "t": op.dims["t"] * passes})
         return self.base.seconds(op) / framework.memory_share
+
+    def _waiting_seconds(self, op: Op) -> float:
+        """Return what a collective takes besides its bytes: late ranks, messages between nodes."""
+        layout = self.base.layout(op.group)
+        ranks = int(np.max(layout.ranks))
+        if ranks == 1:
+            return 0.0
+        wait = self.framework.skew_s * harmonic(ranks)
+        if op.kind in RINGS and np.max(layout.ranks_per_node) < ranks:
+            wait += self.framework.hop_s * (ranks - 1)
+        return wait
 
     def issue_seconds(self, op: Op) -> Size:
         """Return the host's time to issue all kernels of ``op``."""
@@ -225,8 +252,8 @@ class FrameworkCost:
         return self.base.blocking_share(op)
 
     def pass_overhead_seconds(self, sequences: Size) -> Size:
-        """Return the seconds of a step that belong to no op."""
-        return self.framework.step_s
+        """Return the seconds of a step that belong to no op: none are known."""
+        return 0.0
 
     def uncertainty(self, op: Op) -> tuple[str, Size]:
         """Return what ``op``'s seconds rest on and the deviation of their logarithm."""

@@ -67,7 +67,7 @@ def check_engine(engine: str | None) -> str:
 
 def run_timeline(program: Program, setting: Setting, engine: str) -> Timeline:
     """Return the timeline of one run of a program."""
-    cost = setting.cost(program.mesh)
+    program, cost = setting.as_run(program)
     if engine == "estimate":
         return estimate(program, cost, cost)
     from simcore.engine import simulate
@@ -168,7 +168,7 @@ def predict_training(
         reserve_bytes=setting.reserve_bytes,
         memory=training_memory(program, setting),
     )
-    deviation = program_deviation(program, setting.cost(program.mesh))
+    deviation = program_deviation(*setting.as_run(program))
     metrics["interval_s"] = interval(metrics["step_s"], deviation)
     notes = (
         _folding(program),
@@ -188,7 +188,8 @@ def training_memory(program: Program, setting: Setting) -> Metrics:
 
 
 def _memory_note(setting: Setting) -> str:
-    kept = f", and what {setting.framework} keeps beside them" if setting.framework else ""
+    known = setting.framework
+    kept = f", and what {known.name} keeps beside them" if known and known.keeps else ""
     tensors = f"peak memory is what the worst rank's tensors occupy at once{kept}; "
     return tensors + setting.reserve_note
 

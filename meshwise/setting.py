@@ -13,6 +13,7 @@ from hwmodels.cost import ClusterCost
 from hwmodels.curves import Curve
 from hwmodels.families import FAMILIES
 from hwmodels.families.family import matrix_peak
+from hwmodels.frameworks import Framework, FrameworkCost, arranged, load_framework
 from hwmodels.hardware import Chip, Cluster
 from hwmodels.hosts import NO_HOST, Host, load_host
 from hwmodels.memory import CONTEXT_BYTES, communication_bytes
@@ -48,7 +49,7 @@ class Setting:
     host: Host = NO_HOST
     curves: tuple[Curve, ...] | None = None
     reserve: Mapping[str, float] = field(default_factory=dict)  # its parts, where they are known
-    framework: str = ""  # whose memory is counted beside the program's
+    framework: Framework | None = None  # as which training is priced and its memory counted
 
     @property
     def reserve_note(self) -> str:
@@ -57,11 +58,22 @@ class Setting:
 
     def held(self, program: Program) -> Program:
         """Return the program with what the framework keeps beside its buffers, if one is named."""
-        return as_kept(program, find_keeping(self.framework)) if self.framework else program
+        framework = self.framework
+        if framework is None or not framework.keeps:
+            return program
+        keeping = find_keeping(framework.keeps)
+        return as_kept(program, keeping, unfused=framework.attention == "unfused")
 
     def cost(self, mesh: Mapping[str, int]) -> ClusterCost:
         """Return the cost model of a mesh over this cluster."""
         return ClusterCost(self.cluster, mesh, self.profile, host=self.host, curves=self.curves)
+
+    def as_run(self, program: Program) -> tuple[Program, ClusterCost | FrameworkCost]:
+        """Return a program as the framework orders it, and its cost model."""
+        cost = self.cost(program.mesh)
+        if self.framework is None:
+            return program, cost
+        return arranged(program, self.framework), FrameworkCost(cost, self.framework)
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """Return what utilisation is measured against: the measured peak, or the datasheet's."""
@@ -209,9 +221,41 @@ def _launch_notes(host: Host) -> list[str]:
     return []
 
 
+def find_framework(scenario: Scenario, cluster: Cluster) -> Framework | None:
+    """Return the framework that a scenario names. Raises `InputError` where it cannot run."""
+    name = scenario.run.framework
+    if name is None:
+        return None
+    if scenario.workload.kind != "train":
+        raise InputError(
+            f"[run].framework is for training, but [workload].kind is {scenario.workload.kind!r}: "
+            "remove [run].framework."
+        )
+    if scenario.run.launch is not None:
+        raise InputError(
+            "[run].framework says itself how kernels are launched: remove [run].launch."
+        )
+    if cluster.chip.kind == "cpu":
+        raise InputError(
+            f"[run].framework counts what a host does for an accelerator, and {cluster.chip.name} "
+            "is none: remove [run].framework."
+        )
+    return load_framework(name)
+
+
+def _framework_notes(framework: Framework | None) -> list[str]:
+    if framework is None:
+        return []
+    return [
+        f"kernels, host times, waits and shares of speed are those of {framework.name}, with which "
+        "measured steps were compared (docs/accuracy.md); the planner does without them."
+    ]
+
+
 def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
     """Return where ``scenario`` runs. Raises `InputError` for unknown hardware."""
     cluster = scenario_cluster(scenario)
+    framework = find_framework(scenario, cluster)
     path = Path(profile) if profile is not None else None
     found, known = find_profile(cluster, path), find_curves(cluster, path)
     memory = rank_memory_bytes(cluster)
@@ -223,12 +267,12 @@ def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
         found,
         memory,
         sum(reserve.values()) if reserve else RESERVE_SHARE * memory,
-        (*assumptions, *_launch_notes(host)),
+        (*assumptions, *(_framework_notes(framework) or _launch_notes(host))),
         tuple(warnings),
         host,
         known,
         reserve,
-        scenario.run.framework or "",
+        framework,
     )
 
 

@@ -188,12 +188,19 @@ class _Path:
         return True
 
 
-def estimate(program: Program, cost: CostModel, network: Network) -> Timeline:
+def estimate(
+    program: Program,
+    cost: CostModel,
+    network: Network,
+    laid: Mapping[str, Template] | None = None,
+) -> Timeline:
     """Return the timeline of the program's pipeline ranks, one span per action and message.
 
-    Ranks that share their stages are one. Raises RuntimeError where the order deadlocks.
+    Ranks that share their stages are one. ``laid``: templates of a program that differs in its
+    microbatches alone. Raises RuntimeError where the order deadlocks.
     """
-    path = _Path(program, cost, network, templates(program, cost), [Clock() for _ in program.order])
+    laid = laid or templates(program, cost)
+    path = _Path(program, cost, network, laid, [Clock() for _ in program.order])
     moving = True
     while moving:
         moving = False

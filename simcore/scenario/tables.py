@@ -241,12 +241,14 @@ class RunTable(Table):
         "Repeats before the measured ones.", 2, unit="runs"
     )
     timeout_s: Seconds = key_of("Time after which a real run is stopped.", 600.0, unit="seconds")
-    framework: Literal["megatron-lm", "nanotron"] | None = key_of(
-        "Training framework whose memory is counted beside the program's own.", None
-    )
     launch: Literal["eager", "graph"] | None = key_of(
         "How an accelerator's kernels are launched: one by one, or captured in a graph; by default "
         "eager for training, graph for generation.",
+        None,
+    )
+    framework: Annotated[str, Strict(), Field(min_length=1)] | None = key_of(
+        "The training framework whose kernels, host times, waits and memory are to be counted: "
+        "ideal, megatron-lm, nanotron or fsdp; by default every op is one kernel of an eager host.",
         None,
     )
 

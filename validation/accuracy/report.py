@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from simcore.errors import InputError
 from validation.accuracy.collectives import collective_tables
 from validation.accuracy.kernels import kernel_tables
 from validation.accuracy.table import Table
@@ -22,10 +23,10 @@ INTRODUCTION = """# Accuracy
 
 How far predictions are from measurements that the fit has not seen. This file is written by
 
-    meshwise accuracy --data DIR --section kernels --section collectives --out docs/accuracy.md
+    meshwise accuracy --data DIR --out docs/accuracy.md
 
-where DIR holds the calibration data in the layout of [calibration.md](calibration.md). The sections
-training and memory, which take minutes, are printed by the same command. Errors are
+where DIR holds the calibration data in the layout of [calibration.md](calibration.md); it takes
+minutes, `--section` names a part. Errors are
 |predicted / measured - 1|: their median and 90th percentile. Beside them stand what needs no model
 (the datasheet's roofline; the nearest measured shape, scaled by its arithmetic) and how far two
 libraries are apart on the same shape, the floor of any figure that does not name its library.
@@ -38,8 +39,22 @@ warm in the cache.
 
 
 def tables(data: Path, sections: Iterable[str] = ()) -> dict[str, list[Table]]:
-    """Return the tables of the sections, by default of all. Raises `InputError` for no data."""
-    return {name: SECTIONS[name](data) for name in (sections or SECTIONS)}
+    """Return the tables of the sections, by default of all that ``data`` has measurements for.
+
+    Raises `InputError` where a section that was asked for, or every one, has none.
+    """
+    if sections:
+        return {name: SECTIONS[name](data) for name in sections}
+    found: dict[str, list[Table]] = {}
+    lacking: list[InputError] = []
+    for name, section in SECTIONS.items():
+        try:
+            found[name] = section(data)
+        except InputError as error:
+            lacking.append(error)
+    if not found:
+        raise lacking[0]
+    return found
 
 
 def to_markdown(found: dict[str, list[Table]]) -> str:
@@ -48,7 +63,10 @@ def to_markdown(found: dict[str, list[Table]]) -> str:
     missed = [line for each in found.values() for table in each for line in table.missed]
     parts.append("## Missed targets\n")
     parts.append("\n".join(f"- {line}" for line in missed) + "\n" if missed else "None.\n")
-    for name, each in found.items():
-        parts.append(f"## {name.capitalize()}\n")
-        parts += [table.to_markdown() for table in each]
+    parts += [section_text(name, each) for name, each in found.items()]
     return "\n".join(parts)
+
+
+def section_text(name: str, found: list[Table]) -> str:
+    """Return one section as Markdown."""
+    return "\n".join([f"## {name.capitalize()}\n", *(table.to_markdown() for table in found)])

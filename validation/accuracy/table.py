@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Table:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, float) and isnan(value):
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

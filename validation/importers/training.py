@@ -203,14 +203,20 @@ def _slot_seconds(run: Run) -> float:
 
 
 def layers_by_cost(model: ModelSpec, pp: int) -> tuple[int, ...]:
-    """Return nanotron's layers per stage: equal cost, the head counted as layers of its size."""
-    if pp == 1:
-        return (model.layers,)
-    head = model.vocab / (4 * model.hidden + 3 * model.ffn)
-    each = min(max(1, round((model.layers + head) / pp)), (model.layers - 1) // (pp - 1))
-    if each == 0:
-        return (1,) * model.layers + (0,) * (pp - model.layers)
-    return (each,) * (pp - 1) + (model.layers - each * (pp - 1),)
+    """Return nanotron's layers per stage (models/base.py, build_model).
+
+    Blocks go to a stage until their cumulated cost, the head counted as layers of its size, passes
+    that stage's share of the whole. So late stages may hold no layers, and sometimes the head alone
+    or nothing but the loss: here the head is always on the last.
+    """
+    layer, head = 4 * model.hidden + 3 * model.ffn, model.vocab
+    whole = model.layers * layer + head
+    counts, stage = [0] * pp, 0
+    for number in range(1, model.layers + 1):
+        counts[stage] += 1
+        if number * layer * pp > whole * (stage + 1):
+            stage += 1
+    return tuple(counts)
 
 
 def nanotron_runs(path: Path) -> list[Run]:
@@ -251,7 +257,7 @@ def nanotron_runs(path: Path) -> list[Run]:
                 seconds,
                 row["job_id"],
                 "efa-100x32",
-                round(float(bus) / 8 / 0.5) * 0.5e9 if bus and world > 8 else 0.0,
+                round(float(bus) / 8 / 0.5) * 0.5e9 if bus and world > 8 and not state else 0.0,
                 state,
             )
         )
