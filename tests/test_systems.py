@@ -13,6 +13,7 @@ from meshwise import cli
 from simcore.errors import InputError
 from validation import systems
 from validation.systems import CHECKS, Check, Finding, NotCoveredError, frame, judge, rows, select
+from validation.systems.training_parallel import weak_scaling
 
 pytest.importorskip("torch")
 
@@ -88,6 +89,18 @@ def test_the_mutant_fails(row: str) -> None:
     found = judge(rows()[row], mutant=True)
     assert found.verdict == "fail"
     assert "the check broke" not in found.reason
+
+
+def test_a_failing_rows_mutant_moves_its_figure(verdicts: dict[str, systems.Verdict]) -> None:
+    """A mutant cannot turn a fail into one, so what it predicts has to change."""
+    failing = [row for row, found in verdicts.items() if found.verdict == "fail"]
+    for row in failing:
+        assert judge(rows()[row], mutant=True).predicted != verdicts[row].predicted
+
+
+def test_a_batch_that_does_not_grow_scales_worse_on_frontier() -> None:
+    grows, stays = weak_scaling(True), weak_scaling(False)
+    assert all(few < 0.95 <= many for few, many in zip(stays, grows, strict=True))
 
 
 @pytest.mark.parametrize("row", CHECKS)

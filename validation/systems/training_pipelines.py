@@ -1,4 +1,4 @@
-"""Checks of pipeline schedules: waves, both ways, breadth-first, asynchronous, flush-free."""
+"""Checks of pipeline schedules: waves, both ways, breadth-first; and cuts of layers."""
 
 from __future__ import annotations
 
