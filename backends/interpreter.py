@@ -32,7 +32,7 @@ from simcore.program import (
 )
 
 # attributes of an op that its communication takes
-HOW = ("distance", "senders", "backups", "slices", "reverse")
+HOW = ("distance", "senders", "counts", "backups", "slices", "reverse")
 
 
 class Watcher(Protocol):

@@ -19,6 +19,7 @@ from backends.codec_ops import CODEC_OPS
 from backends.linear_ops import LINEAR_OPS
 from backends.moe_ops import MOE_OPS
 from backends.ring_ops import RING_OPS, takes_part
+from backends.server_ops import SERVER_OPS
 from backends.stream_ops import STREAM_OPS
 from simcore.ops import Op
 
@@ -520,6 +521,7 @@ TorchOp = Callable[..., Results]
 
 OPS: dict[str, TorchOp] = {
     **RING_OPS,
+    **SERVER_OPS,
     **STREAM_OPS,
     **LINEAR_OPS,
     "matmul": _matmul,

@@ -157,11 +157,22 @@ class Distributed:
         flat = out.view(-1), tensor.view(-1)  # ranks' parts follow one another whatever the dims
         return _started(_scatter_name()(*flat, group=self.groups[group], async_op=True))
 
-    def all_to_all(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
-        """Send part i of ``tensor`` along dim 0 to member i; fill ``out`` with what they send."""
+    def all_to_all(
+        self, out: Tensor, tensor: Tensor, group: str, counts: Sequence[Sequence[int]] = ()
+    ) -> Handle:
+        """Send part i of ``tensor`` along dim 0 to member i; fill ``out`` with what they send.
+
+        ``counts``: rows by source and destination where parts are unequal; further rows stay.
+        """
+        sent: list[int] | None = None
+        came: list[int] | None = None
+        if counts:
+            here = group_ranks(self.mesh, group, self.rank).index(self.rank)
+            sent, came = list(counts[here]), [row[here] for row in counts]
+            tensor, out = tensor[: sum(sent)], out[: sum(came)]
         self._record("all_to_all", group, tensor)
         return _started(
-            dist.all_to_all_single(out, tensor, group=self.groups[group], async_op=True)
+            dist.all_to_all_single(out, tensor, came, sent, group=self.groups[group], async_op=True)
         )
 
     def ring_shift(
@@ -296,8 +307,17 @@ class Local:
         torch.sum(tensor.view(axis_degree(self.mesh, group), *out.shape), 0, out=out)
         return Done()
 
-    def all_to_all(self, out: Tensor, tensor: Tensor, group: str) -> Handle:
+    def all_to_all(
+        self, out: Tensor, tensor: Tensor, group: str, counts: Sequence[Sequence[int]] = ()
+    ) -> Handle:
         """Copy the tensor."""
+        if counts:
+            here = group_ranks(self.mesh, group, self.rank).index(self.rank)
+            tensor = tensor[: sum(counts[here])]
+            rows = min(len(out), len(tensor))
+            self._record("all_to_all", group, tensor)
+            out[:rows].copy_(tensor[:rows])
+            return Done()
         self._record("all_to_all", group, tensor)
         out.copy_(tensor)
         return Done()

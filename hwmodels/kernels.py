@@ -73,7 +73,9 @@ def elements(op: Op) -> Size:
 
 
 OTHERS = "others"  # the family of what is not measured on its own: start-up, FLOPs and bytes
-BY_ROOFLINE: frozenset[str] = frozenset()  # kinds that no microbenchmark measures, so far
+BY_ROOFLINE: frozenset[str] = frozenset(
+    {"split_columns", "gather_rows", "scatter_rows", "attention_tasks", "attention_tasks_backward"}
+)  # kinds that no microbenchmark measures, so far
 
 
 def family(op: Op) -> str:
@@ -201,6 +203,8 @@ KERNELS: dict[str, Callable[[Op], tuple[str, Shape]]] = {
     "attention_backward": _attention_backward,
     "attention_block": _attention,
     "attention_block_backward": _attention_backward,
+    "attention_tasks": _attention,
+    "attention_tasks_backward": _attention_backward,
     "attention_rows": _attention,
     "attention_rows_backward": _attention_backward,
 }

@@ -17,6 +17,7 @@ from typing import Any
 from simcore.linear import carry_adjoint, linear_adjoint
 from simcore.ops import Buffer, Op, Size
 from simcore.ring import merge_adjoint, regroup_adjoint
+from simcore.servers import gather_rows_adjoint, split_columns_adjoint, tasks_adjoint
 from simcore.streaming import attention_rows_adjoint, put_rows_adjoint, take_rows_adjoint
 
 
@@ -220,6 +221,14 @@ def _collective(adjoint: str) -> Callable[[Op, Tape], None]:
     return rule
 
 
+def _all_to_all(op: Op, tape: Tape) -> None:
+    """Every part goes back to where it came from."""
+    attrs = {**op.attrs, "stream": op.stream, "group": op.group}
+    if "counts" in attrs:
+        attrs["counts"] = tuple(zip(*attrs["counts"], strict=True))
+    tape.contribute(op.reads[0], op.kind, op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs)
+
+
 def _all_reduce(op: Op, tape: Tape) -> None:
     """Megatron's g: the sum's gradient is already whole on every rank."""
     tape.contribute(op.reads[0], "alias", op.dims, op.dtype, (f"d.{op.writes[0]}",))
@@ -291,7 +300,10 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
     "linear_attention": linear_adjoint,
     "linear_carry": carry_adjoint,
     "regroup": regroup_adjoint,
-    "all_to_all": _collective("all_to_all"),
+    "attention_tasks": tasks_adjoint,
+    "split_columns": split_columns_adjoint,
+    "gather_rows": gather_rows_adjoint,
+    "all_to_all": _all_to_all,
     "softmax_loss": _softmax_loss,
     "softmax_stats": _nothing,
     "grouped_matmul": _grouped_matmul,

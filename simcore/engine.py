@@ -22,7 +22,7 @@ from simcore.liveness import positions
 from simcore.mixed import Piece, Variant, is_ending
 from simcore.ops import COMPUTE, Op, work
 from simcore.program import Action, Key, Program, coordinates, group_ranks
-from simcore.sequence import on_rank
+from simcore.sequence import UNEQUAL, on_rank
 from simcore.templates import HOST, Clock, Entry, Template, Workbench, price, templates
 from simcore.timeline import Span, Timeline, timeline
 
@@ -294,13 +294,13 @@ class Engine:
             self.prices[action.body] = [
                 (float(s.seconds), float(s.issue), s.blocking) for s in steps
             ]
-        priced = self.prices[action.body]
+        priced, every = self.prices[action.body], len(self.states) == self.program.world
         ops = positions(self.program, action.body)
         waits = self._waits(action)
         if waits and not action.kind.startswith("RECV") and COMPUTE in state.tails:
             yield state.tails[COMPUTE]
         for (_, layer, op), (seconds, issue, blocking) in zip(ops, priced, strict=True):
-            if "tiles" in op.attrs and len(self.states) == self.program.world:
+            if every and not UNEQUAL.isdisjoint(op.attrs):
                 op, seconds = self._own(state, op, seconds)  # noqa: PLW2901
             if issue:
                 yield self.env.timeout(issue)

@@ -36,6 +36,7 @@ from simcore.program import MIRROR, Action, Block, Call, Program
 from simcore.quorum import check_backups, quorum, quorum_reduce
 from simcore.recompute import check_recompute, recompute_ops, recomputed_layers
 from simcore.schedules import find_schedule
+from simcore.servers import check_documents
 from simcore.strategy import (
     ParallelStrategy,
     check_experts,
@@ -509,6 +510,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
         _check_tied(parallel, orders, placement)
     check_split(model, parallel, workload.seq_len)
     check_grid(model, parallel, workload.seq_len)
+    check_documents(model, parallel, workload)
     check_recompute(parallel, stage_layers(model, parallel))
     shards = Sharding.of(parallel)
     summed = schedule.copies > 1 or (model.tied_embeddings and parallel.pp > 1)
@@ -516,7 +518,13 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     check_codecs(parallel, replicas=bool(shards.stage and shards.replicas), summed=summed)
     length = workload.seq_len // parallel.cp
     check_streaming(model, parallel, length, split_backward=is_split(orders))
-    rows = Rows(parallel.microbatch, workload.seq_len // parallel.cp, split=parallel.split)
+    rows = Rows(
+        parallel.microbatch,
+        workload.seq_len // parallel.cp,
+        split=parallel.split,
+        documents=workload.documents,
+        task_rows=parallel.task_rows,
+    )
     tp = TensorParallel(parallel.tp, parallel.sequence_parallel)
     if tp.shards_tokens and rows.tokens % parallel.tp:
         raise InputError(

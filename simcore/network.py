@@ -22,6 +22,7 @@ from simcore.models import GRID, LINEAR, ModelSpec
 from simcore.ops import Buffer, Op, Size
 from simcore.ring import exchanged, split_attention
 from simcore.sequence import WHOLE, SequenceSplit
+from simcore.servers import serve
 
 
 @dataclass(slots=True)
@@ -91,6 +92,8 @@ class Rows:
     cached: Size = 0
     keep_cache: bool = False  # generation: keys and values go to a cache
     split: SequenceSplit = WHOLE  # how the ranks that share the sequences do so
+    documents: tuple[int, ...] = ()  # packed in each sequence; empty: one
+    task_rows: int = 0  # of attention in tasks; 0: as many as `servers` takes
 
     @property
     def tokens(self) -> Size:
@@ -248,6 +251,9 @@ def _attention(
                 causal=model.causal,
             ),
         )  # fmt: skip
+        return _attended(b, model, tp, out, tokens, heads * d)
+    if rows.documents or rows.split.travels == "tasks":
+        out = serve(b, rows, qkv, heads, kv_heads, d)
         return _attended(b, model, tp, out, tokens, heads * d)
     if rows.split.degree > 1:
         out = split_attention(b, rows, qkv, heads, kv_heads, d, causal=model.causal)

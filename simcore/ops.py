@@ -141,7 +141,12 @@ def _elementwise(reads: float, writes: float, flops: float) -> Callable[[Op], Wo
 
 
 def _attention_pairs(op: Op) -> Size:
-    """Return the query-key pairs that are multiplied, before any causal saving."""
+    """Return the query-key pairs that are multiplied, before any causal saving.
+
+    Tasks of several sizes have the ``area`` of them all.
+    """
+    if "area" in op.dims:
+        return op.dims["h"] * op.dims["area"]
     return op.dims["b"] * op.dims["h"] * op.dims["s"] * op.dims["kv"]
 
 
@@ -366,9 +371,14 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "attention_rows_backward": _attention_rows_backward,
     "take_rows": _elementwise(1, 1, 0),
     "put_rows": _elementwise(1, 1, 0),
+    "attention_tasks": _attention,
+    "attention_tasks_backward": _attention_backward,
     "attention_merge": _elementwise(2, 1, 3),
     "take_columns": _elementwise(1, 1, 0),
+    "split_columns": _elementwise(1, 1, 0),
     "join_columns": _elementwise(1, 1, 0),
+    "gather_rows": _elementwise(1, 1, 0),
+    "scatter_rows": _elementwise(2, 1, 1),
     "regroup": _elementwise(1, 1, 0),
     "linear_attention": _linear((2, 1, 1), (1, 1, 1), (1, 0, 1), chunked=True),
     "linear_attention_backward": _linear((5, 2, 3), (2, 1, 2), (1, 1, 2), chunked=True),

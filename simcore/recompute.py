@@ -22,7 +22,8 @@ POLICIES = ("none", "selective", "keep_attention", "full")
 MODULES: dict[str, frozenset[str]] = {
     "attention": frozenset(
         {
-            *("attention", "attention_block", "attention_merge", "take_columns", "ring_shift"),
+            *("attention", "attention_block", "attention_merge", "attention_tasks"),
+            *("take_columns", "ring_shift"),
             *("linear_attention", "linear_carry"),  # the state that came is kept
         }
     ),
@@ -31,7 +32,9 @@ MODULES: dict[str, frozenset[str]] = {
     "gathers": frozenset({"all_gather"}),  # inputs of products under sequence parallelism
 }
 DEFAULT_MODULES = ("attention",)
-ENDS_OF_ATTENTION = frozenset({"attention", "attention_merge"})  # what they write is kept
+ENDS_OF_ATTENTION = frozenset(
+    {"attention", "attention_merge", "attention_tasks"}
+)  # what they write is kept
 
 
 def check_recompute(parallel: ParallelStrategy, layers: Sequence[int]) -> None:

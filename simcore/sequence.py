@@ -10,18 +10,20 @@ and Zhao 2024), double ring (LoongTrain, Gu et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simcore.ops import Op
+from simcore.ops import Op, Size
 from simcore.program import Program, group_ranks
 
 # Rows [first, end) of the queries, rows [first, end) of the keys, and whether a causal mask lies
 # on the square between them.
 Tile = tuple[int, int, int, int, bool]
+Run = tuple[int, int]  # rows [first, end)
+Served = tuple[int, int, tuple[Run, ...]]  # a task: rows of its queries, runs of its keys
 Positions = NDArray[np.int64]
 NO_TILE: Tile = (0, 0, 0, 0, False)
 
@@ -33,8 +35,8 @@ class SequenceSplit:
     ring: int = 1
     ulysses: int = 1
     layout: str = "zigzag"
-    # keys and values, queries, both (idle places help: `lightseq`), nothing (`axes`); "gathered":
-    # every rank gets all keys and values at once
+    # keys and values, queries, both (idle places help: `lightseq`), nothing (`axes`), tasks
+    # (`servers`); "gathered": every rank gets all keys and values at once
     travels: str = "keys"
     window: int = 0  # double ring: places of an inner ring; 0: one ring
     states: str = ""  # how linear attention's states get on: "scan" or "gather"; "": not at all
@@ -212,6 +214,21 @@ def rank_positions(program: Program, rank: int, *, last: bool = False) -> Positi
     return positions(split, int(program.info["seq_len"]), place, part)
 
 
+def task_dims(served: Sequence[Served]) -> dict[str, Size]:
+    """Return a rank's tasks, the mean of their query rows, the keys that a row sees, the pairs.
+
+    Of a task's last keys, which are its own rows, a causal mask hides half; ``area`` holds them.
+    """
+    sizes = [(q1 - q0, sum(k1 - k0 for k0, k1 in keys)) for q0, q1, keys in served]
+    rows, area = sum(q for q, _ in sizes), sum(q * k for q, k in sizes)
+    seen = area - sum(q * (q - 1) / 2 for q, _ in sizes)
+    each = max(len(sizes), 1), max(rows, 1)
+    return {"b": len(sizes), "s": rows / each[0], "kv": seen / each[1], "area": area}
+
+
+UNEQUAL = frozenset({"tiles", "tasks"})  # attributes that say what each rank has to compute
+
+
 def with_tile(op: Op, tile: Tile) -> Op:
     """Return an op on blocks of attention as a rank that has this tile runs it."""
     dims = {**op.dims, "s": tile[1] - tile[0], "kv": tile[3] - tile[2]}
@@ -224,6 +241,12 @@ def on_rank(program: Program, op: Op, rank: int) -> Op:
         group = group_ranks(program.mesh, op.group, rank)
         sends = op.attrs["senders"][group.index(rank)]
         return op if sends else replace(op, dims={"n": 0})
+    if "counts" in op.attrs:
+        place = group_ranks(program.mesh, op.group, rank).index(rank)
+        return replace(op, dims={"n": sum(op.attrs["counts"][place]) * op.attrs["width"]})
+    if "tasks" in op.attrs:
+        place = group_ranks(program.mesh, op.attrs["axis"], rank).index(rank)
+        return replace(op, dims={**op.dims, **task_dims(op.attrs["tasks"][place])})
     if "tiles" not in op.attrs:
         return op
     group = group_ranks(program.mesh, op.attrs["axis"], rank)
@@ -232,11 +255,14 @@ def on_rank(program: Program, op: Op, rank: int) -> Op:
 
 def mean_share(op: Op) -> float:
     """Return the mean over ranks of an op's products, relative to the rank with most to do."""
+    if "tasks" in op.attrs:
+        areas = [task_dims(served)["area"] for served in op.attrs["tasks"]]
+        return float(sum(areas) / len(areas) / op.dims["area"])
     if "tiles" not in op.attrs:
         return 1.0
     found: tuple[Tile, ...] = op.attrs["tiles"]
     areas = [(t[1] - t[0]) * (t[3] - t[2]) for t in found]
-    return sum(areas) / len(areas) / float(op.dims["s"] * op.dims["kv"])
+    return float(sum(areas) / len(areas) / (op.dims["s"] * op.dims["kv"]))
 
 
 # ---------------------------------------------------------------- volumes

@@ -57,6 +57,7 @@ class ParallelStrategy:
     cp_layout: str = "zigzag"  # which rows a place on the ring holds
     cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses
     cp_ulysses: int = 1
+    task_rows: int = 0  # servers: most query rows of a task; 0: an eighth of a rank's
     cp_window: int = 0  # double ring: ranks of an inner ring
     cp_slices: int = 0  # zeco: slices of a state; 0: DEFAULT_SLICES
     balance: str | None = None  # of unequal lengths: one of `simcore.balance.BALANCERS`
@@ -70,7 +71,7 @@ class ParallelStrategy:
             return SequenceSplit(self.cp, 1, "contiguous", travels, 0, states, slices)
         ring = {"ulysses": 1, "usp": self.cp_ring}.get(self.cp_kind, self.cp)
         travels = TRAVELS.get(self.cp_kind, "keys")
-        layout = "contiguous" if travels in ("both", "nothing") else self.cp_layout
+        layout = "contiguous" if travels in ("both", "nothing", "tasks") else self.cp_layout
         return SequenceSplit(ring, self.cp // ring, layout, travels, self.cp_window)
 
     @property
@@ -198,10 +199,15 @@ def check_strategy(model: ModelSpec, parallel: ParallelStrategy, world: int) -> 
     stage_layers(model, parallel)
 
 
-# Keys travel, queries do, either does, rows are traded for heads, for another axis of a grid; usp:
-# ring and ulysses.
-CP_KINDS = ("ring", "token_ring", "lightseq", "ulysses", "dsp", "usp", *STATE_KINDS)
-TRAVELS = {"token_ring": "queries", "lightseq": "both", "dsp": "nothing"}  # else keys
+# Keys travel, queries do, either does, rows are traded for heads, for another axis of a grid, tasks
+# are shipped; usp: ring and ulysses.
+CP_KINDS = ("ring", "token_ring", "lightseq", "ulysses", "dsp", "servers", "usp", *STATE_KINDS)
+TRAVELS = {  # else keys
+    "token_ring": "queries",
+    "lightseq": "both",
+    "dsp": "nothing",
+    "servers": "tasks",
+}
 
 
 def _check_states(model: ModelSpec, parallel: ParallelStrategy) -> None:

@@ -18,6 +18,7 @@ class TrainStep:
     optimizer: str = "adam"
     params_dtype: str = ""  # "" means the model's weights_dtype
     grads_dtype: str = "fp32"
+    documents: tuple[int, ...] = ()  # tokens of those packed in every sequence; empty: one
     lengths: tuple[int, ...] = ()
     loss_tokens: int = 0  # that the loss is a mean over; 0: all of the step's
 

@@ -96,6 +96,8 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
+    documents: tuple[int, ...] = ()  # packed in every sequence
+
     def __init__(self, model: ModelSpec, number: int) -> None:
         super().__init__()
         self.model = model
@@ -139,6 +141,8 @@ class Layer(nn.Module):
         row = torch.arange(rows)
         places = rows // max(self.model.frames, 1)
         same = {"space": row // places, "time": row % places}.get(self.mixer, torch.zeros(rows))
+        if self.documents:
+            same = torch.repeat_interleave(torch.tensor(self.documents))
         earlier = row[:, None] >= row if self.model.causal else torch.ones(rows, rows) > 0
         return (same[:, None] == same) & earlier
 

@@ -21,7 +21,7 @@ from simcore.workloads import Generation, TrainStep
 
 torch = pytest.importorskip("torch")
 
-from dense import Dense, Experts  # noqa: E402
+from dense import Dense, Experts, Layer  # noqa: E402
 
 from backends.data import sequence  # noqa: E402
 from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many  # noqa: E402
@@ -101,10 +101,11 @@ class Case:
     name: str
     model: ModelSpec
     parallel: ParallelStrategy
+    documents: tuple[int, ...] = ()
 
     @property
     def program(self) -> Program:
-        return lower_training(self.model, self.parallel, TRAIN)
+        return lower_training(self.model, self.parallel, replace(TRAIN, documents=self.documents))
 
     @property
     def dispatch(self) -> tuple[int, float]:
@@ -120,6 +121,10 @@ class Case:
 
 def case(name: str, model: ModelSpec = LLAMA, **parallel: object) -> Case:
     return Case(name, model, ParallelStrategy(**parallel))  # type: ignore[arg-type]
+
+
+def packed(name: str, *documents: int, model: ModelSpec = LLAMA, **parallel: object) -> Case:
+    return replace(case(name, model, **parallel), documents=documents)
 
 
 def looped(name: str, model: ModelSpec = DEEP, virtual: int = 2, **parallel: object) -> Case:
@@ -252,7 +257,12 @@ CASES = [
     case("grid", LATTE, microbatch=2),
     case("dsp", LATTE, cp=2, cp_kind="dsp", microbatch=2, recompute="full"),
     case("grid-ulysses", LATTE, cp=2, cp_kind="ulysses", microbatch=2),
+    packed("documents", 1, 5, 2, microbatch=2),
+    case("servers", cp=2, cp_kind="servers", recompute="full"),
+    packed("servers-documents", 3, 5, cp=2, cp_kind="servers", task_rows=2, microbatch=2),
     # four ranks
+    packed("servers-of-four", 7, 1, cp=4, cp_kind="servers", task_rows=1, zero_stage=3),
+    packed("servers-tp", 6, 2, model=GPT2, cp=2, tp=2, cp_kind="servers", sequence_parallel=True),
     case("dsp-pp", LATTE, cp=2, cp_kind="dsp", pp=2, schedule="zb_h1", microbatch=2),
     case("dsp-tp", OTHER_WAY, cp=2, cp_kind="dsp", tp=2),
     case("ring-of-four", cp=4),
@@ -410,12 +420,14 @@ def dense_model(model: ModelSpec) -> Dense:
 
 @cache
 def reference(
-    name: str, dispatch: tuple[int, float] = (0, math.inf)
+    name: str, dispatch: tuple[int, float] = (0, math.inf), documents: tuple[int, ...] = ()
 ) -> tuple[list[float], Mapping[tuple[str, int], torch.Tensor]]:
     """Return the losses of some steps, and the gradients of the first."""
     model = MODELS[name]
     dense = dense_model(model)
     for module in dense.modules():
+        if isinstance(module, Layer):
+            module.documents = documents
         if isinstance(module, Experts):
             module.rows, module.most = dispatch
     rows = torch.stack(
@@ -478,13 +490,13 @@ def test_the_reference_drops_what_exceeds_a_capacity() -> None:
 def test_losses_equal_the_dense_reference(ran: tuple[Case, RunResult, RunResult]) -> None:
     """Also after optimizer steps, so updates and gathers of weights are right too."""
     found, exact, _ = ran
-    losses, _ = reference(found.model.name, found.dispatch)
+    losses, _ = reference(found.model.name, found.dispatch, found.documents)
     assert exact.losses == pytest.approx(losses, rel=1e-10)
 
 
 def test_gradient_shards_equal_the_dense_gradients(ran: tuple[Case, RunResult, RunResult]) -> None:
     found, exact, _ = ran
-    _, gradients = reference(found.model.name, found.dispatch)
+    _, gradients = reference(found.model.name, found.dispatch, found.documents)
     units = set()
     for rank in exact.ranks:
         for key, array in rank.arrays.items():

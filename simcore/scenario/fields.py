@@ -74,6 +74,7 @@ RepeatedLayers = Annotated[
     BeforeValidator(lambda value: (value,) if type(value) is int else value),
     Field(max_length=10**4),
 ]
+Documents = Annotated[tuple[Tokens, ...], Field(max_length=10**6)]
 Module = Literal["attention", "norms", "activation", "gathers"]
 CodecName = Literal["none", "int8", "fp8", "dynamic8"]
 Mixer = Literal["mha", "gqa", "mqa", "mla", "sliding", "space", "time", "linear", "ssm"]

@@ -89,13 +89,23 @@ class ParallelTable(Table):
     pp: Degree = key_of("Pipeline stages.", 1, unit="ranks")
     cp: Degree = key_of("Ranks that share each sequence.", 1, unit="ranks")
     cp_kind: Literal[
-        "ring", "token_ring", "lightseq", "ulysses", "dsp", "usp", "lasp", "lasp2", "zeco"
+        "ring",
+        "token_ring",
+        "lightseq",
+        "ulysses",
+        "dsp",
+        "servers",
+        "usp",
+        "lasp",
+        "lasp2",
+        "zeco",
     ] = key_of(
         "How they attend: blocks of keys and values on a ring; queries on a ring, outputs sent "
         "back; keys to later ranks, while idle ranks take over queries; heads traded for rows by "
-        "all-to-all; rows of one axis of a grid for those of the other, between layers; or ring "
-        "and all-to-all, cp = cp_ring x cp_ulysses. With linear layers: their states from rank to "
-        "rank (lasp), gathered (lasp2), or in slices from rank to rank (zeco).",
+        "all-to-all; rows of one axis of a grid for those of the other, between layers; blocks of "
+        "queries with their keys on any rank, evenly; or ring and all-to-all, cp = cp_ring x "
+        "cp_ulysses. With linear layers: their states from rank to rank (lasp), gathered (lasp2), "
+        "or in slices from rank to rank (zeco).",
         "ring",
     )
     cp_layout: Literal["zigzag", "striped", "contiguous"] = key_of(
@@ -109,6 +119,11 @@ class ParallelTable(Table):
     )
     cp_slices: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
         "Slices of a state, for zeco; 0: 4.", 0, unit="slices"
+    )
+    task_rows: Annotated[int, Strict(), Field(ge=0, le=10**9)] = key_of(
+        "With servers: most query rows of a task; 0: an eighth of those of a rank.",
+        0,
+        unit="rows",
     )
     ep: Degree = key_of(
         "Ranks that share out the experts of a layer, out of dp x cp x tp.", 1, unit="ranks"
@@ -327,7 +342,13 @@ class Scenario(Table):
             if table.lengths is not None:
                 lengths = lengths_of(table.lengths, self._folder, count, longest)
             return TrainStep(
-                count, longest, table.optimizer, params, table.grads_dtype, lengths=lengths
+                table.global_batch,
+                longest,
+                table.optimizer,
+                params,
+                table.grads_dtype,
+                lengths=lengths,
+                documents=table.documents,
             )
         if isinstance(table, GenerateWorkload):
             return Generation(table.batch, table.input_tokens, table.output_tokens)

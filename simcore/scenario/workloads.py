@@ -11,6 +11,7 @@ from simcore.scenario.fields import (
     AnyDtype,
     Bytes,
     Degree,
+    Documents,
     Exponent,
     Flag,
     Library,
@@ -39,6 +40,12 @@ class TrainWorkload(Table):
         "Lengths of the sequences where they differ: a file with one a line, a list, or a "
         "log-normal law { median, sigma, seed } cut at seq_len.",
         None,
+        unit="tokens",
+    )
+    documents: Documents = key_of(
+        "Lengths of the documents that are packed in every sequence and do not see one another; "
+        "empty: one.",
+        (),
         unit="tokens",
     )
     microbatch: Degree | None = key_of("Alias of [parallel].microbatch.", None, unit="sequences")
