@@ -107,6 +107,19 @@ def test_a_table_is_markdown() -> None:
     assert (percent(0.051), percent(0.51)) == ("5.1 %", "51 %")
 
 
+def test_sections_without_measurements_are_left_out_unless_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(folder: Path) -> list[Table]:
+        raise InputError(f"{folder} holds nothing")
+
+    table = Table("T", ("a",), ((1,),))
+    monkeypatch.setattr(report, "SECTIONS", {"here": lambda _: [table], "gone": lacking})
+    assert report.tables(tmp_path) == {"here": [table]}
+    with pytest.raises(InputError, match="holds nothing"):
+        report.tables(tmp_path, ["here", "gone"])
+
+
 def test_the_command_refuses_what_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
