@@ -19,7 +19,6 @@ class Wire:
 
     ranks: int
     sent_bytes: list[int] = field(init=False)
-    hops: int = 0  # rounds of messages, one after the other
 
     def __post_init__(self) -> None:
         self.sent_bytes = [0] * self.ranks
@@ -32,7 +31,6 @@ class Wire:
 
     def shift(self, held: Sequence[Tensor], by: int = 1) -> list[Tensor]:
         """Every rank passes what it holds ``by`` places on."""
-        self.hops += 1
         count = self.ranks
         return [self.move((r - by) % count, r, held[(r - by) % count]) for r in range(count)]
 
@@ -40,16 +38,7 @@ class Wire:
         self, parts: Sequence[Sequence[Tensor]], ranks: Sequence[int]
     ) -> list[list[Tensor]]:
         """Part ``j`` of the i-th rank goes to the j-th; ``ranks`` are the members' numbers."""
-        self.hops += 1
         return [
             [self.move(src, dst, parts[i][j]) for i, src in enumerate(ranks)]
             for j, dst in enumerate(ranks)
-        ]
-
-    def all_gather(self, held: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Every rank ends with every rank's tensor."""
-        self.hops += 1
-        return [
-            [self.move(src, dst, held[src]) for src in range(self.ranks)]
-            for dst in range(self.ranks)
         ]

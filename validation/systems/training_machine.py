@@ -63,6 +63,9 @@ SMALL = ModelSpec(
     weights_dtype="fp32", compute_dtype="fp32", kv_dtype="fp32",
 )  # fmt: skip
 SMALL_MOE = replace(SMALL, name="moe-like", layers=2, experts=4, experts_per_token=2, moe_ffn=12)
+SMALL_LINEAR = replace(
+    SMALL, name="linear-like", layers=2, mixers=("linear",) * 2, linear_decay="retnet"
+)
 SMALL_STEP = TrainStep(global_batch=4, seq_len=8)
 EVERY_ROW = SMALL_MOE.experts / SMALL_MOE.experts_per_token  # a capacity that drops none
 PLANS: dict[str, tuple[ModelSpec, ParallelStrategy]] = {
@@ -90,6 +93,9 @@ PLANS: dict[str, tuple[ModelSpec, ParallelStrategy]] = {
         SMALL,
         ParallelStrategy(cp=4, cp_kind="usp", cp_ring=2, cp_ulysses=2),
     ),
+    "states by chain": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="lasp", zero_stage=3)),
+    "states gathered": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="lasp2", zero_stage=1)),
+    "states in slices": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="zeco", cp_slices=2)),
     "folded experts": (
         SMALL_MOE,
         ParallelStrategy(
@@ -136,7 +142,7 @@ def on_four_ranks() -> dict[str, Ran]:
     options = RunOptions(
         5, repeats=1, warmup=1, dtype="fp64", dump=("losses",), count_flops=True, timeout_s=120
     )
-    models = (SMALL, SMALL_MOE)
+    models = (SMALL, SMALL_MOE, SMALL_LINEAR)
     alone = [Job(lower_training(m, ParallelStrategy(), SMALL_STEP), options) for m in models]
     wanted = {m.name: run for m, run in zip(models, run_many(alone), strict=True)}
     programs = {n: lower_training(m, plan, SMALL_STEP) for n, (m, plan) in PLANS.items()}
