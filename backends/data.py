@@ -16,6 +16,36 @@ def sequence(seed: int, number: int, length: int, vocab: int) -> Tensor:
     return torch.randint(vocab, (length + 1,), generator=seeded(seed, "sequence", number))
 
 
+def sample(seed: int, number: int, program: Program) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dense features, a row of every table, and whether it was clicked, of a sample."""
+    info, random = program.info, seeded(seed, "sample", number)
+    return (
+        torch.randn(int(info["features"]), generator=random),
+        torch.randint(int(info["rows"]), (int(info["tables"]),), generator=random),
+        torch.randint(2, (), generator=random),
+    )
+
+
+def clicks(
+    program: Program, replica: int, seed: int, device: torch.device
+) -> dict[tuple[str, int], Tensor]:
+    """Return the whole batch's rows of a rank's tables, and its own samples' features and clicks.
+
+    Samples and tables are dealt out in equal runs, rank by rank.
+    """
+    ranks, mine = int(program.info["dp"]), int(program.info["batch"])
+    dense, index, clicked = (
+        torch.stack(parts).to(device)
+        for parts in zip(*(sample(seed, i, program) for i in range(ranks * mine)), strict=True)
+    )
+    own = slice(replica * mine, (replica + 1) * mine)
+    return {
+        ("dense", 0): dense[own],
+        ("index", 0): index.chunk(ranks, 1)[replica].contiguous(),
+        ("targets", 0): clicked[own],
+    }
+
+
 def replica_of(program: Program, rank: int) -> int:
     """Return which of the replicas, each with sequences of its own, the rank belongs to."""
     where = coordinates(program.mesh, rank)
@@ -31,6 +61,8 @@ def training_data(
     does not depend on the layout.
     """
     info, replica = program.info, replica_of(program, rank)
+    if info.get("data") == "clicks":
+        return clicks(program, replica, seed, device)
     batch, length = int(info["batch"]), int(info["seq_len"])
     data: dict[tuple[str, int], Tensor] = {}
     for microbatch in range(int(info["microbatches"])):

@@ -255,6 +255,8 @@ class Interpreter:
     def give(self, data: Mapping[tuple[str, int], Tensor]) -> None:
         """Bind what a step reads, by (buffer, microbatch)."""
         for (name, microbatch), tensor in data.items():
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.torch_dtype(self.program.buffers[name].dtype))  # noqa: PLW2901
             self._bind(name, -1, microbatch, tensor)
 
     def drain(self) -> None:

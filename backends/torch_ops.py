@@ -18,6 +18,7 @@ from torch import Tensor
 from backends.codec_ops import CODEC_OPS
 from backends.linear_ops import LINEAR_OPS
 from backends.moe_ops import MOE_OPS
+from backends.recommend_ops import RECOMMEND_OPS
 from backends.ring_ops import RING_OPS, takes_part
 from backends.server_ops import SERVER_OPS
 from backends.stream_ops import STREAM_OPS
@@ -556,4 +557,5 @@ OPS: dict[str, TorchOp] = {
     "fill": _fill,
     **MOE_OPS,
     **CODEC_OPS,
+    **RECOMMEND_OPS,
 }

@@ -276,6 +276,21 @@ def _swap_blocks(op: Op, tape: Tape) -> None:
     tape.contribute(op.reads[0], op.kind, op.dims, op.dtype, (f"d.{op.writes[0]}",), **attrs)
 
 
+def _lookup(op: Op, tape: Tape) -> None:
+    """Rows of tables are changed where they were read; no gradient of a whole table is kept."""
+    tables, index = op.reads
+    reads = (f"d.{op.writes[0]}", index, tables)
+    step = Op("descend_rows", op.dims, op.dtype, reads, (tables,))
+    tape.weight_ops.append((len(tape.input_ops), step))
+
+
+def _pairs(op: Op, tape: Tape) -> None:
+    row, found = op.reads
+    tape.seed(found)
+    reads = (f"d.{op.writes[0]}", row, found)
+    tape.contribute(row, "pairs_backward", op.dims, op.dtype, reads, (f"d.{found}",))
+
+
 def _nothing(op: Op, tape: Tape) -> None:
     """The op lies outside the differentiated path."""
 
@@ -315,6 +330,8 @@ ADJOINTS: dict[str, Callable[[Op, Tape], None]] = {
     "all_gather": _collective("reduce_scatter"),
     "reduce_scatter": _collective("all_gather"),
     "alias": _alias,
+    "lookup": _lookup,
+    "pairs": _pairs,
 }
 
 

@@ -266,6 +266,21 @@ def _rows(tokens: float, rows: float, flops: float, *, back: bool) -> Callable[[
     return work
 
 
+def _descend_rows(op: Op) -> Work:
+    """Read ``t`` gradients of rows of ``n``; read, change and write the rows of the tables."""
+    size = op.dims["t"] * op.dims["n"] * dtype_bytes(op.dtype)
+    return Work(vector_flops=2 * op.dims["t"] * op.dims["n"], read_bytes=2 * size, write_bytes=size)
+
+
+def _pairs(op: Op) -> Work:
+    """Every row of a sample times every other; keep the row given and each pair's product once."""
+    t, rows, n = op.dims["t"], op.dims["rows"], op.dims["n"]
+    size = t * dtype_bytes(op.dtype)
+    out = n + rows * (rows - 1) / 2
+    read, written = (rows * n, out) if op.kind == "pairs" else (rows * n + out, rows * n)
+    return Work(2 * t * rows * rows * n, read_bytes=read * size, write_bytes=written * size)
+
+
 def _encode(op: Op) -> Work:
     """Read ``t`` pieces of ``n`` values, and what was lost before; write their ``coded`` bytes."""
     values, times = op.dims["t"] * op.dims["n"], len(op.reads)
@@ -396,6 +411,10 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "combine_backward": _rows(1, 1, 3, back=False),
     "swap_blocks": _elementwise(1, 1, 0),
     "grouped_matmul": _grouped_matmul,
+    "lookup": _embedding,
+    "descend_rows": _descend_rows,
+    "pairs": _pairs,
+    "pairs_backward": _pairs,
     "encode": _encode,
     "decode": _decode,
     "adam": _adam,
