@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from simcore.adjoints import backward
 from simcore.errors import InputError
@@ -128,7 +129,7 @@ def _forward(model: Recommender, ranks: int, batch: int, buffers: dict[str, Buff
     buffers[index] = Buffer((batch, held), "int64", "data", layered=False)
     buffers[x] = Buffer((mine, model.features), dtype, "data", layered=False)
     buffers[targets] = Buffer((mine,), "int64", "data", layered=False)
-    size = {"t": batch * held, "n": model.dim}
+    size: dict[str, Any] = {"t": batch * held, "n": model.dim}
     found = b.act("looked", batch * held, model.dim)
     b.op("lookup", ("tables.table", index), (found,), **size)
     if ranks > 1:
@@ -138,15 +139,15 @@ def _forward(model: Recommender, ranks: int, batch: int, buffers: dict[str, Buff
     z = _network(b, model.widths[0], x, "below", mine, last=True)
     if ranks > 1:
         turned = b.act("by_sample", batch * held, model.dim)
-        attrs = {"outer": ranks, "inner": mine}
-        found = b.op("swap_blocks", (found,), (turned,), **size, attrs=attrs)
+        blocks = {"outer": ranks, "inner": mine}
+        found = b.op("swap_blocks", (found,), (turned,), **size, attrs=blocks)
     joined = b.act("joined", mine, model.widths[1][0])
-    dims = {"t": mine, "rows": model.tables + 1, "n": model.dim}
+    dims: dict[str, Any] = {"t": mine, "rows": model.tables + 1, "n": model.dim}
     b.op("pairs", (z, found), (joined,), **dims)
     logits = _network(b, model.widths[1], joined, "above", mine, last=False)
     loss, lse = b.act("loss", 1, dtype="fp32"), b.act("lse", mine, dtype="fp32")
     stats = b.act("stats", mine, 3, dtype="fp32")
-    attrs = {"vocab": CLASSES, "scale": 1.0 / batch}
+    attrs: dict[str, Any] = {"vocab": CLASSES, "scale": 1.0 / batch}
     dims = {"t": mine, "n": CLASSES}
     b.op("softmax_stats", (logits, targets), (stats,), **dims, attrs=attrs)
     b.op("softmax_loss", (logits, targets, stats), (loss, lse), **dims, attrs=attrs)

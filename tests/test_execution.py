@@ -16,6 +16,7 @@ from simcore.lower import layer_unit, lower_pass, lower_training
 from simcore.models import ModelSpec
 from simcore.ops import COMMUNICATION, WORK
 from simcore.program import Program, coordinates, group_ranks
+from simcore.recommendation import Recommender, lower_recommender
 from simcore.strategy import ParallelStrategy
 from simcore.workloads import Generation, TrainStep
 
@@ -583,6 +584,7 @@ def test_cases_cover_every_kind_of_work() -> None:
     programs.append(lower_training(replace(GPT2, activation="relu"), ParallelStrategy(), TRAIN))
     coded = ParallelStrategy(pp=2, act_codec="int8")
     programs.append(lower_training(LLAMA, coded, TRAIN))
+    programs.append(lower_recommender(Recommender("small", 2, 3, 4, 5), 2, 4))
     backed = ParallelStrategy(dp_replicate=2, backup_workers=1)
     programs.append(lower_training(LLAMA, backed, TRAIN))
     kinds = {op.kind for p in programs for block in p.blocks.values() for op in block.ops}

@@ -1,4 +1,4 @@
-"""Small distributed steps: sharded embeddings, live paths, noisy descent."""
+"""Small distributed steps: live paths, noisy descent."""
 
 from __future__ import annotations
 
@@ -8,32 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.references.compare import same
-from backends.references.wire import Wire
-
-
-def sharded_embeddings(tables: Tensor, index: Tensor, wire: Wire) -> Tensor:
-    """Look up [tables, rows, dim] tables that ranks hold in turn, then exchange to batch layout.
-
-    ``index``: [batch, tables]. Returns [batch, tables, dim] (Naumov et al. 2019, DLRM).
-    """
-    count, ranks = tables.shape[0], wire.ranks
-    mine = [range(r * count // ranks, (r + 1) * count // ranks) for r in range(ranks)]
-    looked = [
-        torch.stack([tables[t, index[:, t]] for t in mine[r]], 1).chunk(ranks, 0)
-        for r in range(ranks)
-    ]
-    return torch.cat([torch.cat(got, 1) for got in wire.all_to_all(looked, range(ranks))], 0)
-
-
-def embeddings_agree(ranks: int, count: int, batch: int, dim: int) -> tuple[bool, list[int]]:
-    """Return whether sharded look-ups equal plain ones, and the bytes that every rank sent."""
-    random = torch.Generator().manual_seed(1)
-    tables = torch.randn(count, 32, dim, generator=random, dtype=torch.float64)
-    index = torch.randint(0, 32, (batch, count), generator=random)
-    wire = Wire(ranks)
-    found = sharded_embeddings(tables, index, wire)
-    exact = torch.stack([tables[t, index[:, t]] for t in range(count)], 1)
-    return torch.equal(found, exact), wire.sent_bytes
 
 
 def batches(count: int, rows: int, width: int, seed: int = 1) -> Tensor:

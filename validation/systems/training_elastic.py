@@ -1,4 +1,4 @@
-"""Checks of steps that are not exact or not in step: coded sums, backups, stale weights."""
+"""Checks of tables shared out, coded sums, backup workers and stale weights, on real ranks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from simcore.lower import lower_training
 from simcore.pipelines.orders import Order
 from simcore.pipelines.unit import UNIT_S, run_units
 from simcore.program import Action, Program, Versions
+from simcore.recommendation import Recommender, lower_recommender
 from simcore.schedules import SCHEDULES
 from simcore.stragglers import best_backups, exponential_kth_s
 from simcore.strategy import ParallelStrategy
@@ -42,8 +43,14 @@ PLANS: dict[str, tuple[ParallelStrategy, TrainStep]] = {
 LATE_S = {"3": 0.3}  # the last rank is held up so long
 
 
+TABLES = "tables"
+RECOMMENDER = Recommender("small", 8, 11, 6, 5, (7,), (9,))
+
+
 def program_of(name: str) -> Program:
-    """Return the program of a plan on a small network."""
+    """Return the program of a plan on a small network, or that of the recommendation model."""
+    if name == TABLES:
+        return lower_recommender(RECOMMENDER, RANKS, 16)
     return lower_training(SMALL, *PLANS[name])
 
 
@@ -59,7 +66,7 @@ def on_ranks() -> dict[tuple[str, bool], RunResult]:
     counted = RunOptions(SEED, 1, 0, track_memory=True, timeout_s=120)
     jobs = {
         (name, each is exact): Job(program_of(name), each)
-        for name in PLANS
+        for name in (*PLANS, TABLES)
         for each in (exact, counted)
     }
     return dict(zip(jobs, run_many(list(jobs.values())), strict=True))
@@ -70,6 +77,48 @@ def difference(found: Mapping[str, np.ndarray], wanted: Mapping[str, object]) ->
     pairs = [(np.asarray(found[key]), np.asarray(wanted[key])) for key in found]
     off = sum(float(((a - b) ** 2).sum()) for a, b in pairs)
     return float(np.sqrt(off / sum(float((b**2).sum()) for _, b in pairs)))
+
+
+# ------------------------------------------------------------------ G1.8
+
+
+@check("G1.8", mutant={"ranks_off": 1})
+def dlrm(*, ranks_off: int = 0) -> Finding:
+    """Bytes of the program's exchanges against B T dim e (P-1)/P^2, and a step on ranks.
+
+    ``ranks_off``: ranks too many in the law.
+    """
+    ran = on_ranks()
+    from backends.references.replay import run_here
+
+    batch, size, law, rest = 2048, 4, True, set()
+    for ranks, tables in ((2, 4), (4, 8), (4, 16), (8, 16)):
+        model = Recommender("one", tables, 100_000, 64, 13, (512, 256), (512, 256))
+        payload = step_totals(lower_recommender(model, ranks, batch), 0).payload_bytes
+        p = ranks + ranks_off
+        # Out and back; of a buffer, in nccl-tests' convention, a rank keeps its own part.
+        sent = payload["all_to_all", "dp_replicate"] / 2 * (ranks - 1) / ranks
+        wanted_bytes = batch * tables * 64 * size * (p - 1) / p**2
+        law &= abs(sent / wanted_bytes - 1) < CLOSE
+        pairs = model.pairs * 512 * size  # weights of the pairs' products
+        rest.add(payload["all_reduce", "dp_replicate"] - pairs)
+    told = dict(step_totals(program_of(TABLES), 0).payload_bytes)
+    counted = all(rank.payload_bytes == told for rank in ran[TABLES, False].ranks)
+    wanted = run_here(lower_recommender(RECOMMENDER, 1, 16), SEED)
+    error = max(difference(rank.arrays, wanted.gradients) for rank in ran[TABLES, True].ranks)
+    error = max(error, abs(ran[TABLES, True].losses[0] / wanted.loss - 1))
+    return Finding(
+        law and len(rest) == 1 and counted and error < CLOSE,
+        f"exchanges {'are' if law else 'are not'} B T dim e (P-1)/P^2 for 2 to 8 ranks and 4 to 16 "
+        f"tables; dense gradients {rest.pop() / 1e6:.2f} MB whatever the tables; {error:.1e} off "
+        "one rank with all tables",
+        "a rank sends its tables' rows for the others' samples; the networks see the tables only "
+        "in the weights of the pairs' products, which are left out here"
+        if law
+        else "the bytes are those of another number of ranks",
+        ("2048 samples, rows of 64 in fp32, layers of 512 and 256", EXACT),
+        "cpu",
+    )
 
 
 # ------------------------------------------------------------------ G1.12

@@ -11,7 +11,7 @@ from validation.systems.frame import Finding, check, need_torch
 ON_CPU = "executed in float64 on the CPU; ranks in one process exchange their parts"
 
 
-# ------------------------------------------------------------------ G1.6, G1.8
+# ------------------------------------------------------------------ G1.6
 
 
 @check("G1.6", mutant={"boundary_power": 2})
@@ -42,32 +42,6 @@ def swarm(*, boundary_power: int = 1, link_bytes_per_s: float = 25e6) -> Finding
         if linear
         else "boundaries that grow as fast as the work gain nothing",
         ("T4 at 0.3 of its peak, 25 MB/s, 8-bit boundaries, three layers per stage", ON_CPU),
-        "cpu",
-    )
-
-
-@check("G1.8", mutant={"ranks_off": 1})
-def dlrm(*, ranks_off: int = 0) -> Finding:
-    """Bytes counted in the all-to-all against B T dim e (P-1)/P^2, and looked-up rows."""
-    need_torch()
-    from backends.references.exchange import embeddings_agree
-
-    holds, sizes = True, []
-    for ranks, count in ((2, 4), (4, 8), (4, 16)):
-        batch, dim = 16, 6
-        same, sent = embeddings_agree(ranks, count, batch, dim)
-        p = ranks + ranks_off
-        law = batch * count * dim * 8 * (p - 1) / p**2
-        holds &= same and set(sent) == {law}
-        sizes.append(sent[0])
-    dense = [2 * 4 * (512 * 256 + 256 * dim * 1) for dim in (64, 64)]
-    return Finding(
-        holds and sizes[2] == 2 * sizes[1] and dense[0] == dense[1],
-        f"{sizes} bytes per rank for (2 ranks, 4 tables), (4, 8), (4, 16)",
-        "a rank sends its tables' rows for the others' samples; dense gradients do not see tables"
-        if holds
-        else "the bytes are those of another number of ranks",
-        ("16 samples, rows of 6 float64", ON_CPU),
         "cpu",
     )
 
