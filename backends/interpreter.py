@@ -20,7 +20,7 @@ from backends.transport import Handle, Transport
 from backends.weights import drawn_weights, flat_weights
 from simcore.errors import RunError
 from simcore.liveness import drops
-from simcore.ops import COMPUTE, Op
+from simcore.ops import Op
 from simcore.program import (
     PERSISTENT,
     Action,
@@ -308,9 +308,11 @@ class Interpreter:
         start = self.clock.mark() if self.record else None
         written = OPS[op.kind](self.context, op, reads, outs)
         if self.record:
-            self.spans.append(RawSpan(COMPUTE, op.kind, start, self.clock.mark(), str(action)))
+            self.spans.append(RawSpan(op.stream, op.kind, start, self.clock.mark(), str(action)))
         if self.watcher is not None:
-            self.watcher.after(self, written)
+            here = zip(op.writes, written, strict=True)
+            buffer = self.program.buffer
+            self.watcher.after(self, [t for name, t in here if buffer(name).scope != "host"])
         for name, out, tensor in zip(op.writes, outs, written, strict=True):
             if out is None:
                 self._bind(name, layer, microbatch, tensor)

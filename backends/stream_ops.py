@@ -20,6 +20,7 @@ class Place(Protocol):
     """What these ops ask about their rank."""
 
     fused: bool
+    device: torch.device
 
 
 def _runs(op: Op, whole: Tensor) -> Tensor:
@@ -146,7 +147,30 @@ def _attention_rows_backward(ctx: Place, op: Op, reads: Results, outs: Outs) -> 
     return (whole,)
 
 
+def _offload(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
+    """Copy the first rows to the host's memory: a second buffer, where that is the device's."""
+    rows = reads[0][: op.dims["t"]]
+    return (torch.empty(rows.shape, dtype=rows.dtype, device="cpu").copy_(rows),)
+
+
+def _fetch(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
+    """Copy rows from the host's memory into the first rows of a new buffer."""
+    rows = reads[0]
+    whole = torch.empty(
+        (int(op.attrs["total"]), *rows.shape[1:]), dtype=rows.dtype, device=ctx.device
+    )
+    whole[: rows.shape[0]].copy_(rows)
+    return (whole,)
+
+
+def _release(ctx: Place, op: Op, reads: Results, outs: Outs) -> Results:
+    return ()
+
+
 STREAM_OPS: dict[str, Callable[..., Results]] = {
+    "offload": _offload,
+    "fetch": _fetch,
+    "release": _release,
     "take_rows": _take_rows,
     "put_rows": _put_rows,
     "attention_rows": _attention_rows,

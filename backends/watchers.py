@@ -26,7 +26,11 @@ class LiveBytes:
     def after(self, interpreter: Interpreter, written: Sequence[Tensor]) -> None:
         """Count every storage once."""
         buffers = interpreter.program.buffers
-        held = [t for key, t in interpreter.tensors.items() if buffers[key[0]].scope != "data"]
+        held = [
+            t
+            for key, t in interpreter.tensors.items()
+            if buffers[key[0]].scope not in ("data", "host")
+        ]
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*held, *written)
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hwmodels.catalogue import load_link
 from hwmodels.collectives import (
     Footprint,
     GroupLayout,
@@ -20,11 +21,12 @@ from hwmodels.hardware import Cluster
 from hwmodels.hosts import NO_HOST, Host
 from hwmodels.kernels import KERNELS, OTHERS, KernelFit, family, fitted, product_dtype, roofline
 from hwmodels.linear import LINEAR_KERNELS
+from hwmodels.memory import copy_seconds
 from hwmodels.mixers import mixer_seconds
 from hwmodels.profile import Profile
 from hwmodels.topology import Topology, is_mesh, make_topology, max_min_rates, members_per_node
 from simcore.linear import SCAN
-from simcore.ops import Op, Size, work
+from simcore.ops import COPIES, FREE, Op, Size, work
 from simcore.program import axis_degree, folded
 
 # log(real / predicted) of prices that rest on no measurement: a factor of 1.5 either way in 80 %.
@@ -134,9 +136,13 @@ class ClusterCost:
         return collective_seconds("send_recv", payload, pair, dtype=op.dtype)
 
     def _kernel_seconds(self, op: Op) -> Size:
-        if op.kind == "alias":
+        if op.kind in FREE:
             return 0.0
         chip = self.cluster.chip
+        if op.kind in COPIES and chip.host_link:
+            moved = work(op)
+            size = moved.read_bytes + moved.write_bytes  # of the device, which is one end
+            return float(copy_seconds(size, load_link(chip.host_link)))
         measured = self.measured(op)
         if measured is not None:
             return fitted(op, measured[1]) * self._contention(op)
@@ -194,7 +200,7 @@ class ClusterCost:
     def issue_seconds(self, op: Op) -> Size:
         """Return the host's time to start ``op``; a CPU's measured kernels contain their own."""
         if self.profile is None:
-            return 0.0 if op.kind == "alias" else self.host.issue_s
+            return 0.0 if op.kind in FREE else self.host.issue_s
         return self.profile.issue_s if op.kind in ("send", "recv") else 0.0
 
     def slowdown(self, op: Op, beside: Op) -> Size:
@@ -202,7 +208,7 @@ class ClusterCost:
 
         The two share the chip's units and its memory (`hwmodels.collectives.sharing`).
         """
-        if self.synchronous or op.kind == "alias":
+        if self.synchronous or op.kind in FREE or op.kind in COPIES:
             return 1.0
         chip, done = self.cluster.chip, work(op)
         moving = (done.read_bytes + done.write_bytes) / chip.hbm.bytes_per_s

@@ -23,7 +23,7 @@ import numpy as np
 
 from hwmodels.cost import ATTENTION_KINDS, ClusterCost
 from simcore.errors import InputError, unknown
-from simcore.ops import COMMUNICATION, COMPUTE, WORK, Op, Size
+from simcore.ops import COMMUNICATION, COMPUTE, FREE, WORK, Op, Size
 from simcore.program import Action, Block, Program
 
 DATA = Path(__file__).parent / "data" / "frameworks.toml"
@@ -235,7 +235,7 @@ class FrameworkCost:
     def issue_seconds(self, op: Op) -> Size:
         """Return the host's time to issue all kernels of ``op``."""
         framework = self.framework
-        if op.kind == "alias" or framework.passes.get(op.kind) == 0:
+        if op.kind in FREE or framework.passes.get(op.kind) == 0:
             return 0.0
         if op.kind in COMMUNICATION:
             grouped = op.group not in ("", "pp")

@@ -18,7 +18,7 @@ from hwmodels.families.matmul import LAYOUTS
 from hwmodels.hardware import Chip
 from simcore.dtypes import dtype_bytes
 from simcore.errors import InputError
-from simcore.ops import COMMUNICATION, WORK, Op, Size, work
+from simcore.ops import COMMUNICATION, FREE, WORK, Op, Size, work
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def roofline(op: Op, chip: Chip) -> Size:
     peak = chip.peak_flops_per_s.get(op.dtype) or chip.vector_flops_per_s
     arithmetic = done.flops / peak + done.vector_flops / chip.vector_flops_per_s
     traffic = (done.read_bytes + done.write_bytes) / chip.hbm.bytes_per_s
-    if op.kind == "alias":
+    if op.kind in FREE:
         return 0.0
     return chip.launch_s + np.maximum(arithmetic, traffic)
 

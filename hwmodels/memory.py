@@ -113,6 +113,23 @@ def move_seconds(
     return np.where(size > 0, delay + size / min(rates), 0.0)
 
 
+def swapped_share(
+    token_bytes: float,
+    whole_bytes: float,
+    window_s: float,
+    link: Link,
+    host_bytes: float = np.inf,
+) -> float:
+    """Return the largest share of a layer's ``token_bytes`` whose copy to the host costs no time.
+
+    (min(window x B, host) - whole) / token, within 0 and 1 (MEMO, Zhao et al. 2025). ``window_s``:
+    a layer's compute, behind which the copy hides; ``whole_bytes``: copied in any case;
+    ``host_bytes``: what the host has for this layer.
+    """
+    able = min(window_s * link.bytes_per_s * link.efficiency, host_bytes)
+    return float(min(max(0.0, able - whole_bytes) / token_bytes, 1.0))
+
+
 # -- capacity ------------------------------------------------------------------------------------
 
 

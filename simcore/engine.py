@@ -20,7 +20,7 @@ from simcore.estimate import is_message, is_tie, only_op, representative
 from simcore.linear import SCAN, hops
 from simcore.liveness import positions
 from simcore.mixed import Piece, Variant, is_ending
-from simcore.ops import COMPUTE, Op, work
+from simcore.ops import COMPUTE, FREE, Op, work
 from simcore.program import Action, Key, Program, coordinates, group_ranks
 from simcore.sequence import UNEQUAL, on_rank
 from simcore.templates import HOST, Clock, Entry, Template, Workbench, price, templates
@@ -362,7 +362,7 @@ class Engine:
         if not begun.triggered:
             begun.succeed()
         done.succeed()
-        if op.kind != "alias":
+        if op.kind not in FREE:
             spent = work(op)
             self.spans.append(
                 Span(

@@ -53,7 +53,7 @@ def drops(program: Program, rank: int) -> dict[str, dict[Position, tuple[Key, ..
                                 _collect(found, {key: table[key]})
                     for name, above, each, scope, _ in touches:
                         key = name, call.layer + above if above >= 0 else -1, each
-                        if scope == "act" and name not in keep:
+                        if scope in ("act", "host") and name not in keep:
                             last[key] = (body, where)
                         elif scope == "work":
                             inside[key] = (body, where)
@@ -134,6 +134,7 @@ class _Heap:
     """Live storages with reference counts, since an alias shares its source's storage."""
 
     program: Program
+    host: bool = False  # whether to count what lies in the host's memory instead
     owner: dict[Key, int] = field(default_factory=dict)
     refs: dict[int, int] = field(default_factory=dict)
     sizes: dict[int, float] = field(default_factory=dict)
@@ -147,7 +148,8 @@ class _Heap:
         """Make ``key`` name ``storage``, or a new one where it is None."""
         if storage is None:
             storage = self.fresh = self.fresh + 1
-            size = float(self.program.buffers[key[0]].held_bytes)
+            buffer = self.program.buffers[key[0]]
+            size = float(buffer.held_bytes) * ((buffer.scope == "host") == self.host)
             self.sizes[storage], self.refs[storage] = size, 0
             self.now += size
             if _is_logits(key):
@@ -196,14 +198,14 @@ class _Profile:
     logits_at_peak: float
 
 
-def _profile(program: Program, rank: int) -> dict[str, _Profile]:
+def _profile(program: Program, rank: int, host: bool = False) -> dict[str, _Profile]:
     """Return the profile of every body of pipeline rank ``rank``."""
     dying = drops(program, rank)
     profile: dict[str, _Profile] = {}
     for chain in sequences(program, rank):
         if all(body in profile for body in chain):
             continue
-        heap = _Heap(program)
+        heap = _Heap(program, host)
         for body in chain:
             before, logits = heap.now, heap.logits
             heap.peak, heap.logits_at_peak = before, logits
@@ -235,9 +237,21 @@ def activation_parts(program: Program, rank: int) -> dict[str, float]:
     return {"activations": peak - logits, "logits": logits}
 
 
-def _levels(program: Program, rank: int) -> tuple[float, float, list[tuple[Action, float]]]:
+def swaps(program: Program) -> bool:
+    """Whether any activation goes to the host's memory."""
+    return any(buffer.scope == "host" for buffer in program.buffers.values())
+
+
+def host_peak(program: Program, rank: int) -> float:
+    """Return the most bytes that the rank's activations take of its host's memory at once."""
+    return _levels(program, rank, host=True)[0]
+
+
+def _levels(
+    program: Program, rank: int, *, host: bool = False
+) -> tuple[float, float, list[tuple[Action, float]]]:
     """Return the peak, the logits in it, and the level after every action."""
-    profile = _profile(program, rank)
+    profile = _profile(program, rank, host)
     level = logits = peak = logits_at_peak = 0.0
     levels = []
     for action in program.order[rank]:

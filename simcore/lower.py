@@ -53,6 +53,7 @@ from simcore.streaming import (
     loss_backward,
     loss_chunks,
 )
+from simcore.swapping import check_swapping, swap_layer
 from simcore.workloads import Generation, TrainStep
 
 LAYERS = ("layer", *GRID, LINEAR, LAYER)  # units that layers are: see `layer_unit`
@@ -344,9 +345,28 @@ def _backward_blocks(low: _Lowering) -> None:
         low.add(f"{unit}.B", tape.joined())
         low.add(f"{unit}.I", tape.input_ops)
         low.add(f"{unit}.W", [op for _, op in tape.weight_ops])
-        if unit in LAYERS:
+        if unit == "layer" and low.parallel.swap_fraction is not None:
+            _swap_blocks(low, tape.joined())
+        elif unit in LAYERS:
             again = recompute_ops(low.parallel, low.blocks[f"{unit}.F"], tape.joined())
             low.add(f"{unit}.R", again)
+
+
+def _swap_blocks(low: _Lowering, back: tuple[Op, ...]) -> None:
+    """Add the blocks by which a layer's activations go to the host and come back, or are redone."""
+    tp = TensorParallel(low.parallel.tp)
+
+    def build(tokens: int) -> tuple[list[Op], dict[str, Buffer]]:
+        rest = dict(low.buffers)
+        return layer_block(low.model, tp, Rows(1, tokens), rest), rest
+
+    share = low.parallel.swap_fraction
+    assert share is not None
+    found = swap_layer(low.blocks["layer.F"], back, low.buffers, share, build)
+    low.add("layer.offload", found.offload)
+    low.add("layer.release", found.release)
+    low.add("layer.fetch", found.fetch)
+    low.add("layer.R", found.again)
 
 
 def layer_unit(model: ModelSpec, layer: int) -> str:
@@ -420,7 +440,15 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
     always = low.shards.stage >= 2
     backups = low.parallel.backup_workers
     layers = [unit.layer for unit in units if unit.block in LAYERS]
-    repeated = recomputed_layers(low.parallel, stage, layers)
+    swaps = low.parallel.swap_fraction is not None
+    repeated = set(layers) if swaps else recomputed_layers(low.parallel, stage, layers)
+
+    def forwards() -> list[list[Call]]:
+        """Every unit's forward; what it copied to the host leaves the device one unit later."""
+        found = [[*present(unit, "F"), *present(unit, "offload")] for unit in units]
+        for index, unit in enumerate(units):
+            found[min(index + 1, len(found) - 1)] += present(unit, "release")
+        return found
 
     def again(unit: Call) -> list[Call]:
         return present(unit, "R") if unit.layer in repeated else []
@@ -442,7 +470,7 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
 
     reverse = units[::-1]
     gathers = [present(u, "unshard") if present(u, "F") else [] for u in units]
-    regathers = [first(u, "unshard") for u in reverse]
+    regathers = [[*first(u, "unshard"), *present(u, "fetch")] for u in reverse]
     split: dict[str, tuple[Call, ...]] = {}
     if low.split:
         split = {
@@ -455,7 +483,7 @@ def _stage_bodies(low: _Lowering, stage: int, units: list[Call]) -> dict[str, tu
             ),
         }
     return split | {
-        f"{stage}F": _prefetched([present(u, "F") for u in units], gathers),
+        f"{stage}F": _prefetched(forwards(), gathers),
         f"{stage}B": _prefetched(backs(False), regathers),
         f"{stage}BR": _prefetched(backs(True), regathers),
         f"{stage}O": tuple(call for u in units for call in present(u, "step")),
@@ -518,6 +546,7 @@ def lower_training(model: ModelSpec, parallel: ParallelStrategy, workload: Train
     check_codecs(parallel, replicas=bool(shards.stage and shards.replicas), summed=summed)
     length = workload.seq_len // parallel.cp
     check_streaming(model, parallel, length, split_backward=is_split(orders))
+    check_swapping(model, parallel, split_backward=is_split(orders))
     rows = Rows(
         parallel.microbatch,
         workload.seq_len // parallel.cp,

@@ -18,7 +18,7 @@ import numpy as np
 from simcore.costs import CostModel, Network
 from simcore.decode import Pass, passes
 from simcore.estimate import is_message, message_seconds, only_op
-from simcore.liveness import activation_parts, residents
+from simcore.liveness import activation_parts, host_peak, residents, swaps
 from simcore.lower import lower_pass
 from simcore.models import (
     STATEFUL,
@@ -141,7 +141,10 @@ def memory_metrics(
         key=lambda parts: sum(parts.values()),
     )
     total = sum(worst.values())
+    ranks = heaviest_ranks(program) if swaps(program) else []
+    host = {"host_memory_bytes": max(host_peak(program, rank) for rank in ranks)} if ranks else {}
     return {
+        **host,
         "peak_memory_bytes": total,
         "peak_memory_parts_bytes": {name: worst[name] for name in names},
         "device_memory_bytes": memory_bytes,

@@ -46,8 +46,8 @@ class Buffer:
     """A tensor of a block: local dims, dtype and lifetime.
 
     ``scope``: ``weight``, ``grad``, ``state`` (kept between steps), ``cache`` (kept between
-    passes), ``data`` (given), ``act`` (one microbatch; freed after its last reader) or ``work``
-    (one action; freed after its last reader).
+    passes), ``data`` (given), ``act`` (one microbatch; freed after its last reader), ``host`` (as
+    act, in the host's memory) or ``work`` (one action; freed after its last reader).
     A buffer with a ``base`` is a view of ``dims`` at element ``offset`` of that flat buffer.
     """
 
@@ -353,6 +353,8 @@ COMMUNICATION = frozenset(
     }
 )
 
+FREE = frozenset({"alias", "release"})  # no kernel runs: a name, a place to wait
+COPIES = frozenset({"offload", "fetch"})  # between a device and its host
 WORK: dict[str, Callable[[Op], Work]] = {
     "matmul": _matmul,
     "embedding": _embedding,
@@ -385,6 +387,9 @@ WORK: dict[str, Callable[[Op], Work]] = {
     "attention_rows": _attention,
     "attention_rows_backward": _attention_rows_backward,
     "take_rows": _elementwise(1, 1, 0),
+    "offload": _elementwise(1, 0, 0),  # the host's memory is not the device's
+    "fetch": _elementwise(0, 1, 0),
+    "release": lambda op: Work(),
     "put_rows": _elementwise(1, 1, 0),
     "attention_tasks": _attention,
     "attention_tasks_backward": _attention_backward,

@@ -114,7 +114,7 @@ class Program:
         return self.buffers[name.removesuffix("+")]
 
 
-PER_MICROBATCH = frozenset({"act", "data", "cache"})
+PER_MICROBATCH = frozenset({"act", "data", "cache", "host"})
 PERSISTENT = frozenset({"weight", "grad", "state", "cache"})
 
 

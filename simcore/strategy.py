@@ -51,6 +51,7 @@ class ParallelStrategy:
     recompute: str = "none"  # or another of `simcore.recompute.POLICIES`
     recompute_modules: tuple[str, ...] = ()  # selective: what is computed again; (): attention
     recompute_layers: tuple[int, ...] = ()  # of every stage, or of each; (): all
+    swap_fraction: float | None = None  # of tokens swapped to the host: `simcore.swapping`
     stream_chunks: int = 1  # chunks of a sequence that layers go through: `simcore.streaming`
     loss_chunks: int = 0  # chunks of rows that the loss goes through; 0: stream_chunks
     cp_kind: str = "ring"  # or another of `CP_KINDS`

@@ -170,6 +170,15 @@ STREAMED = [  # layers and losses in chunks of the sequence
     case("loss-chunks-tp-sp", TIED, tp=2, sequence_parallel=True, loss_chunks=4, microbatch=2),
     case("loss-chunks-moe-ring", MIXTRAL, cp=2, loss_chunks=2),
 ]
+SWAPPED = [  # activations copied to the host by token
+    case("swapped", swap_fraction=0.4),
+    case("swapped-gpt2-whole", GPT2, swap_fraction=1.0, microbatch=2),
+    case("swapped-gemma3-none", GEMMA3, swap_fraction=0.0),
+    case("swapped-parallel-block", FALCON, swap_fraction=0.5, microbatch=2),
+    case("swapped-tp", tp=2, swap_fraction=0.5),
+    case("swapped-zero3", dp_shard=2, swap_fraction=0.25),
+    case("swapped-tied-pp", TIED, pp=2, swap_fraction=0.6),
+]
 PIPELINES = [  # several stages on a rank, split backwards, two directions
     looped("interleaved", pp=2, schedule="interleaved"),
     looped("interleaved-4", DEEPER, 4, pp=2, schedule="interleaved", recompute="full"),
@@ -298,6 +307,7 @@ CASES = [
     *PIPELINES,
     *RECOMPUTING,
     *STREAMED,
+    *SWAPPED,
     # mixtures of experts
     case("moe", MIXTRAL, microbatch=2),
     case("moe-capacity", MIXTRAL, capacity_factor=1.0),

@@ -41,6 +41,7 @@ from simcore.strategy import (
     stage_layers,
 )
 from simcore.streaming import check_streaming
+from simcore.swapping import check_swapping
 from simcore.workloads import TrainStep
 
 
@@ -272,3 +273,4 @@ def check_scenario(scenario: Scenario) -> None:
         microbatches(parallel, work)
         check_split(spec, parallel, work.seq_len)
         check_streaming(spec, parallel, work.seq_len // parallel.cp)
+        check_swapping(spec, parallel)

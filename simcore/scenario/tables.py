@@ -195,6 +195,11 @@ class ParallelTable(Table):
         1,
         unit="chunks",
     )
+    swap_fraction: Annotated[float, Strict(), Field(ge=0, le=1)] | None = key_of(
+        "Share of every layer's tokens whose activations go to host memory and back, those of the "
+        "others being computed again; attention's output and the layer's input go whole.",
+        None,
+    )
     loss_chunks: Annotated[int, Strict(), Field(ge=0, le=10**6)] = key_of(
         "Chunks of a microbatch's rows that the head and its backward go through one by one; 0: "
         "stream_chunks.",
