@@ -162,7 +162,7 @@ class ClusterCost:
         if measured is not None:
             # Of a normal variable, the median absolute value is 0.6745 standard deviations.
             return measured[0], measured[1].residual / 0.6745
-        if self.synchronous or op.kind == "alias" or op.kind in LINEAR_KERNELS:
+        if self.synchronous or op.kind in (*FREE, *COPIES, *LINEAR_KERNELS):
             return "datasheet", DATASHEET_DEVIATION
         name, shape = KERNELS[op.kind](op)
         return name, self.choice(name, product_dtype(op)).deviation(shape, self.cluster.chip)
