@@ -311,10 +311,11 @@ def _forward_blocks(low: _Lowering, tp: TensorParallel, rows: Rows, loss_scale: 
     low.add("embed.F", embed_block(model, tp, rows, buffers))
     units = {layer_unit(model, layer) for layer in range(model.layers)}
     streamed = low.parallel.stream_chunks
-    if units != {"layer"} and (streamed > 1 or low.parallel.swap_fraction is not None):
+    chunked = streamed > 1 or low.parallel.swap_fraction is not None
+    if chunked and (units != {"layer"} or rows.documents):
         raise InputError(
-            "[parallel].stream_chunks and swap_fraction need a model whose layers all attend to "
-            "every token: leave them out."
+            "[parallel].stream_chunks and swap_fraction need layers that attend to every earlier "
+            "token of a sequence, which is one document: leave them out."
         )
     if streamed > 1:
         chunk = layer_block(model, tp, replace(rows, new=rows.new // streamed), buffers)
