@@ -124,7 +124,7 @@ def test_operators_hold_what_was_published(verdicts: dict[str, systems.Verdict])
 def test_training_holds_what_was_published(verdicts: dict[str, systems.Verdict]) -> None:
     group = [verdicts[row.id] for row in select(["G1", "G2", "G3", "G4", "G5"])]
     assert len(group) == 38
-    assert sum(found.verdict == "pass" for found in group) >= 28
+    assert sum(found.verdict == "pass" for found in group) >= 30
     assert sum(found.executed == "cpu" for found in group) >= 30
 
 
