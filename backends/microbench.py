@@ -176,23 +176,37 @@ def time_case(case: Case, pool: Pool, meet: Callable[[], None]) -> float:
     return sum(once() for _ in range(rounds)) / rounds / copies
 
 
+def light(case: Case) -> bool:
+    """Whether a round takes little time, so that start-up and noise are a part of it.
+
+    Judged by the op's size, on which all ranks agree.
+    """
+    done = work(case.op)
+    moved = float(done.read_bytes + done.write_bytes)
+    return copies_of(case) * (float(done.flops) / ROUND_FLOPS + moved / COLD_BYTES) < 0.5
+
+
 def measure_ops(
     cases: Sequence[tuple[str, Case]], pool: Pool, meet: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    """Return one record per case, with one sample."""
-    found = []
-    for group, case in cases:
-        gc.collect()  # the last case's interpreter and its results
-        found.append(
-            {
-                "group": group,
-                "kind": case.op.kind,
-                "dims": dict(case.op.dims),
-                "attrs": dict(case.op.attrs),
-                "reads": list(case.op.reads),
-                "samples": [time_case(case, pool, meet)],
-            }
-        )
+    """Return one record per case; light ones have further samples, far apart."""
+    found: list[dict[str, Any]] = [
+        {
+            "group": group,
+            "kind": case.op.kind,
+            "dims": dict(case.op.dims),
+            "attrs": dict(case.op.attrs),
+            "reads": list(case.op.reads),
+            "samples": [],
+        }
+        for group, case in cases
+    ]
+    for number in range(SAMPLES["ops"]):
+        for record, (_, case) in zip(found, cases, strict=True):
+            if number and not light(case):
+                continue
+            gc.collect()  # the last case's interpreter and its results
+            record["samples"].append(time_case(case, pool, meet))
     return found
 
 
@@ -224,17 +238,11 @@ def measure(rank: int, ranks: int, *, ops: bool = True) -> dict[str, Any]:
     meet()
     pool = Pool()
     cases = [(group, case) for group, make in CASES.items() for case in make()] if ops else []
-    found, collectives, messages = [], [], []
-    for number in range(max(SAMPLES.values())):
-        if number < SAMPLES["ops"]:
-            found.append(measure_ops(cases, pool, meet))
-        if ranks > 1 and number < SAMPLES["links"]:
-            collectives.append(measure_collectives(rank, ranks))
-            messages.append(measure_messages(rank))
-    record |= {
-        "ops": pooled(found),
-        "collectives": pooled(collectives) if collectives else [],
-        "messages": pooled(messages) if messages else [],
-    }
+    collectives, messages = [], []
+    record["ops"] = measure_ops(cases, pool, meet)
+    for _ in range(SAMPLES["links"] if ranks > 1 else 0):
+        collectives.append(measure_collectives(rank, ranks))
+        messages.append(measure_messages(rank))
+    record |= {"collectives": pooled(collectives), "messages": pooled(messages)}
     record["seconds"] = time.perf_counter() - started
     return record

@@ -94,7 +94,7 @@ def prepare(fresh: bool, say: Say) -> bool:
     """Calibrate this machine unless it has a profile that can be read; return whether it did."""
     if not fresh and _has_profile():
         return False
-    say("calibrating this machine (once; about a minute)")
+    say("calibrating this machine (once; a minute or two)")
     calibrate_machine(None, progress=say)
     return True
 
