@@ -74,7 +74,12 @@ def elements(op: Op) -> Size:
 
 OTHERS = "others"  # the family of what is not measured on its own: start-up, FLOPs and bytes
 BY_ROOFLINE: frozenset[str] = frozenset(
-    {"split_columns", "gather_rows", "scatter_rows", "attention_tasks", "attention_tasks_backward"}
+    {
+        *("split_columns", "gather_rows", "scatter_rows"),
+        *("attention_tasks", "attention_tasks_backward"),
+        *("lookup", "descend_rows", "pairs", "pairs_backward"),
+        *("offload", "fetch", "release"),
+    }
 )  # kinds that no microbenchmark measures, so far
 
 
