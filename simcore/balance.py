@@ -10,7 +10,7 @@ to add a function to `BALANCERS`.
   first, longest sequences first (Graham 1969).
 - ``flexsp``: groups of different degree side by side for the whole step (FlexSP, Wang et al. 2025).
   Groups are filled for a guessed length of the step, and the guess is searched (Hochbaum and
-  Shmoys 1987); the best single degree is among what it chooses from, so it is never slower.
+  Shmoys 1987); the single degrees are among what it chooses from, so it is never slower.
 - ``hdp``: ranks per sequence vary, the fewest whose memory holds it (ByteScale, Ge et al. 2025);
   groups form anew for every sequence.
 - ``zeppelin``: a sequence is split until no part exceeds an even share of the work, within a node
@@ -144,8 +144,8 @@ class Menu:
     kind: NDArray[np.int64]
     units: tuple[int, ...]  # what tokens must be a multiple of, per degree
     degree: int = 1  # that of the strategy, for all sequences alike
-    node: int = 1  # lanes of a node
     microbatch: int = 1  # sequences of a piece at most
+    rooms: tuple[float, ...] = ()  # tokens of a piece that memory holds, per degree; (): any
 
     @property
     def least(self) -> NDArray[np.float64]:
@@ -168,10 +168,15 @@ class Menu:
         unit = self.units[self.column(degree)]
         return -(-self.classes[kind] // unit) * unit
 
-    def bundles(self, numbers: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """Yield sequences of one class, as many as a piece may hold."""
-        for first in range(0, len(numbers), self.microbatch):
-            yield tuple(numbers[first : first + self.microbatch])
+    def bundles(self, numbers: Sequence[int], kind: int, degree: int) -> Iterator[tuple[int, ...]]:
+        """Yield sequences of one class, as many as a piece may hold.
+
+        That is what [parallel].microbatch says, or what fits into memory.
+        """
+        room = self.rooms[self.column(degree)] if self.rooms else math.inf
+        count = int(max(1, min(self.microbatch, room // self.tokens(kind, degree))))
+        for first in range(0, len(numbers), count):
+            yield tuple(numbers[first : first + count])
 
 
 def degrees_of(model: ModelSpec, parallel: ParallelStrategy) -> list[int]:
@@ -189,22 +194,30 @@ def degrees_of(model: ModelSpec, parallel: ParallelStrategy) -> list[int]:
     return found
 
 
-def make_menu(pieces: Pieces, *, classes: int = CLASSES, node: int = 1) -> Menu:
-    """Return the menu of a step. Raises `InputError` where memory holds its longest nowhere."""
+def make_menu(
+    pieces: Pieces, *, classes: int = CLASSES, degrees: Sequence[int] | None = None
+) -> Menu:
+    """Return the menu of a step, over all ``degrees`` of groups or some of them.
+
+    Raises `InputError` where memory holds the longest sequence in no group.
+    """
     model, parallel, work = pieces.model, pieces.parallel, pieces.work
     check_mixed(model, parallel)
     lengths = np.asarray(work.lengths, dtype=np.int64)
     padded = length_classes(lengths, classes)
     known, kind = np.unique(padded, return_inverse=True)
-    degrees = degrees_of(model, parallel)
+    degrees = [d for d in degrees_of(model, parallel) if degrees is None or d in degrees]
     units = [unit_of(parallel, degree) for degree in degrees]
     seconds = np.full((known.size, len(degrees)), np.inf)
+    single = parallel.cp  # a degree for all sequences is priced for short ones too
     for column, (degree, unit) in enumerate(zip(degrees, units, strict=True)):
         variants = [Variant(-(-int(n) // unit) * unit, 1, degree) for n in known]
         room = _holding(pieces, variants)
+        if room == known.size and not np.isfinite(seconds[-1]).any():
+            single = degree
         for row, variant in enumerate(variants[:room]):
-            small = variant.tokens < LEAST_ROWS * degree and degree != parallel.cp
-            if not small or not np.isfinite(seconds[row]).any() or variant.tokens < LEAST_ROWS:
+            long = variant.tokens >= LEAST_ROWS * degree or not np.isfinite(seconds[row]).any()
+            if long or degree in (single, parallel.cp) or variant.tokens < LEAST_ROWS:
                 seconds[row, column] = pieces.seconds(variant)
     if not np.isfinite(seconds[-1]).any():
         raise InputError(
@@ -219,9 +232,19 @@ def make_menu(pieces: Pieces, *, classes: int = CLASSES, node: int = 1) -> Menu:
         kind.ravel(),
         tuple(units),
         parallel.cp,
-        node,
         parallel.microbatch,
+        tuple(_room(pieces, int(known[0]), *each) for each in zip(degrees, units, strict=True))
+        if parallel.microbatch > 1 and pieces.memory_bytes < math.inf
+        else (),
     )
+
+
+def _room(pieces: Pieces, length: int, degree: int, unit: int) -> float:
+    """Return the tokens that a group's memory holds, whose bytes grow evenly with them."""
+    one = Variant(-(-length // unit) * unit, 1, degree)
+    low, high = (pieces.quick(one._replace(batch=count))[1] for count in (1, 2))
+    left = pieces.memory_bytes - pieces.reserve_bytes - low
+    return one.tokens + left / ((high - low) / one.tokens)
 
 
 def _holding(pieces: Pieces, variants: Sequence[Variant]) -> int:
@@ -262,10 +285,10 @@ def placed(menu: Menu, columns: Sequence[int]) -> Assignment:
         blocks = ends.reshape(-1, degree).max(1)
         heap = [(float(end), block) for block, end in enumerate(blocks)]
         heapq.heapify(heap)
-        for numbers_ in menu.bundles(numbers):
+        for several in menu.bundles(numbers, kind, degree):
             end, block = heap[0]
-            heapq.heapreplace(heap, (end + seconds * len(numbers_), block))
-            pieces.append(Piece(numbers_, tokens, block * degree, degree))
+            heapq.heapreplace(heap, (end + seconds * len(several), block))
+            pieces.append(Piece(several, tokens, block * degree, degree))
         for end, block in heap:
             ends[block * degree : (block + 1) * degree] = end
     return Assignment(menu.lanes, tuple(pieces))
@@ -283,20 +306,21 @@ def grouped(menu: Menu, degrees: Sequence[int]) -> Assignment | None:
         first += degree
     pieces = []
     for kind, numbers in _by_class(menu):
-        able = [
-            (float(menu.seconds[kind, menu.column(d)]), menu.tokens(kind, d), d, heap)
-            for d, heap in heaps.items()
-            if math.isfinite(menu.seconds[kind, menu.column(d)])
-        ]
+        able = {
+            degree: float(menu.seconds[kind, menu.column(degree)])
+            for degree in heaps
+            if math.isfinite(menu.seconds[kind, menu.column(degree)])
+        }
         if numbers and not able:
             return None
-        for several in menu.bundles(numbers):
-            seconds, tokens, degree, heap = min(
-                able, key=lambda a: a[3][0][0] + a[0] * len(several)
-            )
-            end, lane = heap[0]
-            heapq.heapreplace(heap, (end + seconds * len(several), lane))
-            pieces.append(Piece(several, tokens, lane, degree))
+        left = numbers
+        while left:
+            degree = min(able, key=lambda d: heaps[d][0][0] + able[d])
+            several = next(menu.bundles(left, kind, degree))
+            end, lane = heaps[degree][0]
+            heapq.heapreplace(heaps[degree], (end + able[degree] * len(several), lane))
+            pieces.append(Piece(several, menu.tokens(kind, degree), lane, degree))
+            left = left[len(several) :]
     return Assignment(menu.lanes, tuple(pieces))
 
 
@@ -307,6 +331,15 @@ def ends_of(menu: Menu, assignment: Assignment) -> NDArray[np.float64]:
         kind, mine = menu.kind[piece.sequences[0]], slice(piece.first, piece.first + piece.degree)
         seconds = menu.seconds[kind, menu.column(piece.degree)] * len(piece.sequences)
         ends[mine] = ends[mine].max() + seconds
+    return ends
+
+
+def piece_ends(pieces: Pieces, assignment: Assignment) -> NDArray[np.float64]:
+    """Return `ends_of` with every piece priced as the batch that it is, not as its sequences."""
+    ends = np.zeros(assignment.lanes)
+    for piece in assignment.pieces:
+        mine = slice(piece.first, piece.first + piece.degree)
+        ends[mine] = ends[mine].max() + pieces.seconds(piece.variant)
     return ends
 
 
@@ -330,7 +363,8 @@ def drawn(menu: Menu) -> Assignment:
             unsorted.append((int(kind), mine[menu.kind[mine] == kind].tolist(), first * degree))
     for kind, numbers, lane in sorted(unsorted, key=lambda each: -each[0]):
         tokens = menu.tokens(kind, degree)
-        pieces += [Piece(each, tokens, lane, degree) for each in menu.bundles(numbers)]
+        bundles = menu.bundles(numbers, kind, degree)
+        pieces += [Piece(each, tokens, lane, degree) for each in bundles]
     return Assignment(menu.lanes, tuple(pieces))
 
 

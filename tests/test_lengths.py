@@ -123,7 +123,7 @@ def test_a_balanced_step_takes_what_its_lanes_say(balance: str) -> None:
     """Simulated: at least the busiest lane's pieces, and little but the optimizer beyond."""
     parallel = ParallelStrategy(dp_replicate=2, cp=4, zero_stage=1)
     pieces = pieces_of(parallel, LONG_TAIL)
-    menu = make_menu(pieces)
+    menu = make_menu(pieces, classes=6)
     assignment = BALANCERS[balance](menu)
     ends = ends_of(menu, assignment)
     assert ends.max() >= menu.bound_s * (1 - 1e-9)

@@ -34,6 +34,7 @@ MODULES = (
     "training_meshes",
     "training_sequences",
     "training_states",
+    "training_lengths",
     "training_balance",
     "training_activations",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -48,59 +47,6 @@ def drawn(count: int, sigma: float, seed: int, longest: float = 262144.0) -> lis
     random = np.random.default_rng(seed)
     found = np.clip(random.lognormal(math.log(2048), sigma, count), 128, longest)
     return sorted(found.tolist(), reverse=True)
-
-
-def shared(lengths: Sequence[float], groups: Sequence[int]) -> float:
-    """Return the step of groups of given degrees: each sequence where it ends first and fits."""
-    ends = [0.0] * len(groups)
-    for length in lengths:
-        able = [i for i, degree in enumerate(groups) if length <= ROOM * degree]
-        if not able:
-            return math.inf
-        best = min(able, key=lambda i: ends[i] + seconds(length, groups[i]))
-        ends[best] += seconds(length, groups[best])
-    return max(ends)
-
-
-@cache
-def partitions(ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Return every way to split the ranks into groups of powers of two, largest first."""
-
-    def split(left: int, most: int) -> list[tuple[int, ...]]:
-        if not left:
-            return [()]
-        sizes = [2**i for i in range(most.bit_length()) if 2**i <= min(left, most)]
-        return [(size, *rest) for size in sizes for rest in split(left - size, size)]
-
-    return tuple(split(ranks, ranks))
-
-
-@check("G3.7", mutant={"plans": "largest"})
-def flexsp(*, ranks: int = 8, plans: str = "all") -> Finding:
-    """Mixed groups against the best single degree, long-tailed and equal lengths.
-
-    ``plans``: "all" partitions, or only the "largest" group.
-    """
-    gains = {}
-    for sigma in (0.0, 0.5, 1.0, 1.5):
-        found = []
-        for seed in range(3):
-            lengths = drawn(128, sigma, seed)
-            degrees = [2**i for i in range(ranks.bit_length())]
-            static = min(shared(lengths, [d] * (ranks // d)) for d in degrees)
-            choice = partitions(ranks) if plans == "all" else [(ranks,)]
-            found.append(static / min(shared(lengths, groups) for groups in choice))
-        gains[sigma] = float(np.mean(found))
-    never = min(gains.values()) >= 1 - 1e-12
-    return Finding(
-        never and abs(gains[0.0] - 1) < 0.01 and max(gains.values()) <= 1.98 * 1.25,
-        ", ".join(f"{g:.2f}x at sigma {s:g}" for s, g in gains.items()),
-        "every single degree is one of the plans; only a long tail needs different ones"
-        if never
-        else "a fixed group pays its exchanges for short sequences too",
-        ("128 log-normal sequences around 2048 tokens per step", "8 ranks; 7B on A100 at half its"
-         " peak; a rank holds 16384 tokens", "solving is overlapped with the step before"),
-    )  # fmt: skip
 
 
 @check("G3.8", mutant={"nic": 1e15})
