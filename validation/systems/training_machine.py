@@ -174,6 +174,34 @@ def exact(*plans: str, loss_scale: float = 1.0) -> tuple[bool, float]:
     return worst < EXACT and all(ran.as_predicted for ran in found), worst
 
 
+MEMORY_PLANS = {
+    "streamed": ParallelStrategy(stream_chunks=4),
+    "swapped": ParallelStrategy(swap_fraction=0.5),
+}
+
+
+@cache
+def exact_on_one_rank() -> dict[str, float]:
+    """Run `MEMORY_PLANS` and a plain step in float64; return how far their gradients are apart.
+
+    The largest difference over the largest gradient.
+    """
+    need_torch()
+    from backends.launch import Job, RunOptions, run_many
+
+    options = RunOptions(
+        5, repeats=1, warmup=1, dtype="fp64", dump=("losses", "gradients"), timeout_s=60
+    )
+    plans = [ParallelStrategy(), *MEMORY_PLANS.values()]
+    jobs = [Job(lower_training(SMALL, plan, SMALL_STEP), options) for plan in plans]
+    plain, *others = (found.ranks[0].arrays for found in run_many(jobs))
+    size = max(float(abs(gradient).max()) for gradient in plain.values())
+    return {
+        name: max(float(abs(found[key] - plain[key]).max()) for key in plain) / size
+        for name, found in zip(MEMORY_PLANS, others, strict=True)
+    }
+
+
 # ---------------------------------------------------------------- long sequences
 
 
