@@ -67,13 +67,13 @@ def tasks_of(
     return found
 
 
-def assigned(tasks: Sequence[Task], ranks: int, rows: int) -> list[int]:
-    """Return the server of every task: its own rank, but for tasks moved to even out the pairs.
+def assigned(tasks: Sequence[Task], homes: Sequence[int], ranks: int) -> list[int]:
+    """Return the server of every task: its home, but for tasks moved to even out the pairs.
 
     A move takes from the busiest server the task whose move to the idlest leaves the two nearest
     to each other. The last one leaves max - min <= the smallest task of the busiest.
     """
-    servers = [task.first // rows for task in tasks]
+    servers = list(homes)
     loads = np.zeros(ranks)
     held: dict[int, set[int]] = defaultdict(set)
     for number, (task, server) in enumerate(zip(tasks, servers, strict=True)):
@@ -113,7 +113,7 @@ def shipping(
     """Return what is shipped for a microbatch of ``batch`` sequences with the same documents."""
     rows = length // ranks
     tasks = tasks_of(documents, length, batch, rows, block)
-    servers = assigned(tasks, ranks, rows)
+    servers = assigned(tasks, [task.first // rows for task in tasks], ranks)
     queries: list[list[list[Run]]] = [[[] for _ in range(ranks)] for _ in range(ranks)]
     needed: list[list[set[Run]]] = [[set() for _ in range(ranks)] for _ in range(ranks)]
     for task, server in zip(tasks, servers, strict=True):

@@ -75,9 +75,10 @@ def test_the_busiest_server_has_at_most_one_task_more(
 ) -> None:
     documents, ranks, rows = packing
     tasks = tasks_of(documents, ranks * rows, 1, rows, block)
+    homes = [task.first // rows for task in tasks]
     loads, at_home = np.zeros(ranks), np.zeros(ranks)
     on: dict[int, list[Task]] = {rank: [] for rank in range(ranks)}
-    for task, server in zip(tasks, assigned(tasks, ranks, rows), strict=True):
+    for task, server in zip(tasks, assigned(tasks, homes, ranks), strict=True):
         loads[server] += task.pairs
         at_home[task.first // rows] += task.pairs
         on[server].append(task)

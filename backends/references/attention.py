@@ -110,24 +110,3 @@ def ring(
             keys, values = wire.shift(keys), wire.shift(values)
             at = [at[(r - 1) % ranks] for r in range(ranks)]
     return restore([out for out, _ in found], places), pairs
-
-
-def token_ring(q: Tensor, k: Tensor, v: Tensor, wire: Wire, *, causal: bool) -> Tensor:
-    """Keys stay; queries go round, and each block's output goes straight back to its owner."""
-    ranks, places = wire.ranks, contiguous(q.shape[2], wire.ranks)
-    queries, owner = [q[:, :, p] for p in places], list(range(ranks))
-    found: list[tuple[Tensor, Tensor] | None] = [None] * ranks
-    for step in range(ranks):
-        for r in range(ranks):
-            mine = owner[r]
-            out, lse = block(
-                queries[r], k[:, :, places[r]], v[:, :, places[r]],
-                mask_of(places[mine], places[r], causal),
-            )  # fmt: skip
-            back = wire.move(r, mine, out), wire.move(r, mine, lse)
-            before = found[mine]
-            found[mine] = back if before is None else merge(before, back)
-        if step < ranks - 1:
-            queries = wire.shift(queries)
-            owner = [owner[(r - 1) % ranks] for r in range(ranks)]
-    return restore([part[0] for part in found if part is not None], places)

@@ -66,6 +66,9 @@ SMALL_MOE = replace(SMALL, name="moe-like", layers=2, experts=4, experts_per_tok
 SMALL_LINEAR = replace(
     SMALL, name="linear-like", layers=2, mixers=("linear",) * 2, linear_decay="retnet"
 )
+SMALL_GRID = replace(
+    SMALL, name="grid-like", position="none", causal=False, frames=2, mixers=("space", "time") * 4
+)
 SMALL_STEP = TrainStep(global_batch=4, seq_len=8)
 EVERY_ROW = SMALL_MOE.experts / SMALL_MOE.experts_per_token  # a capacity that drops none
 PLANS: dict[str, tuple[ModelSpec, ParallelStrategy]] = {
@@ -96,6 +99,16 @@ PLANS: dict[str, tuple[ModelSpec, ParallelStrategy]] = {
     "states by chain": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="lasp", zero_stage=3)),
     "states gathered": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="lasp2", zero_stage=1)),
     "states in slices": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="zeco", cp_slices=2)),
+    "query ring": (SMALL, ParallelStrategy(cp=4, cp_kind="token_ring")),
+    "balanced ring": (
+        SMALL,
+        ParallelStrategy(cp=4, cp_kind="lightseq", recompute="keep_attention"),
+    ),
+    "dynamic axes": (
+        SMALL_GRID,
+        ParallelStrategy(cp=2, cp_kind="dsp", dp_shard=2, zero_stage=1),
+    ),
+    "attention servers": (SMALL, ParallelStrategy(cp=4, cp_kind="servers", task_rows=1)),
     "folded experts": (
         SMALL_MOE,
         ParallelStrategy(
@@ -142,7 +155,7 @@ def on_four_ranks() -> dict[str, Ran]:
     options = RunOptions(
         5, repeats=1, warmup=1, dtype="fp64", dump=("losses",), count_flops=True, timeout_s=120
     )
-    models = (SMALL, SMALL_MOE, SMALL_LINEAR)
+    models = (SMALL, SMALL_MOE, SMALL_LINEAR, SMALL_GRID)
     alone = [Job(lower_training(m, ParallelStrategy(), SMALL_STEP), options) for m in models]
     wanted = {m.name: run for m, run in zip(models, run_many(alone), strict=True)}
     programs = {n: lower_training(m, plan, SMALL_STEP) for n, (m, plan) in PLANS.items()}

@@ -5,14 +5,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hwmodels.catalogue import load_chip, load_link, make_cluster
 from hwmodels.families.family import matrix_peak
+from simcore.accounting import block_totals
+from simcore.axes import axis_plan
+from simcore.catalogue import load_model
+from simcore.lightseq import lightseq_bytes
+from simcore.lower import lower_training
+from simcore.sequence import SequenceSplit, ring_bytes
+from simcore.strategy import ParallelStrategy
+from simcore.workloads import TrainStep
 from validation.systems.frame import Finding, check, need_torch
-from validation.systems.training_machine import exchange_seconds, layer_seconds
+from validation.systems.training_machine import (
+    ON_RANKS,
+    SMALL_GRID,
+    exact,
+    exchange_seconds,
+    layer_seconds,
+)
 
 ON_CPU = "executed in float64 on the CPU; ranks in one process exchange their blocks"
 
@@ -136,14 +151,7 @@ def token_ring(*, duplex_share: float = 1.0) -> Finding:
 
     ``duplex_share``: of the rate that each direction keeps while both are used.
     """
-    need_torch()
-    from backends.references.attention import token_ring as executed
-    from backends.references.compare import tensors
-    from backends.references.wire import Wire
-
-    same = gradients_agree(
-        lambda q, k, v: executed(q, k, v, Wire(4), causal=True), tensors(4, 2), True
-    )
+    same, error = exact("query ring")
     found, order, law = {}, True, True
     flops = 0.5 * matrix_peak(load_chip("a100-sxm-80gb"), "bf16")
     for link in ("nvlink3", "pcie4x16", "ib-hdr-200"):
@@ -168,11 +176,12 @@ def token_ring(*, duplex_share: float = 1.0) -> Finding:
         same and order and law and loses,
         "one-way ring exposed from "
         + ", ".join(f"P = {p or '>128'} on {name}" for name, p in found.items())
-        + f"; with 8 queries per key TokenRing takes {shared['duplex'] / shared['ring']:.1f}x",
+        + f"; with 8 queries per key TokenRing takes {shared['duplex'] / shared['ring']:.1f}x; "
+        f"losses differ by {error:.1e}",
         "both directions at once carry queries and outputs; shared keys are fewer bytes"
         if order
         else "two directions that share the link's rate lose",
-        ("65536 tokens of width 4096 on A100 at half of its peak", ON_CPU),
+        ("65536 tokens of width 4096 on A100 at half of its peak", ON_RANKS),
         "cpu",
     )
 
@@ -184,25 +193,11 @@ def lightseq(*, gathers_per_layer: float = 14.0) -> Finding:
     ``gathers_per_layer`` of Megatron-LM with full recomputation, in S h elements: 4 forward, 4
     again, 4 backward and 2 gathers of the inputs for weight gradients.
     """
-    need_torch()
-    from backends.references.attention import LAYOUTS, mask_of, ring
-    from backends.references.compare import tensors
-    from backends.references.wire import Wire
-
-    ranks, tokens = 8, 64
-    same = gradients_agree(
-        lambda a, b, c: ring(a, b, c, Wire(ranks), layout="contiguous", causal=True)[0],
-        tensors(4, 4, tokens),
-        True,
-    )
-    places = LAYOUTS["contiguous"](tokens, ranks)
-    needed = sum(
-        bool(mask_of(places[r], places[o], True).any()) for r in range(ranks) for o in range(r)
-    )
-    fetched = (
-        needed * 2 / ranks / ranks
-    )  # of k and v, per rank, in S h; backward once more, and back
-    volume = 3 * fetched / ((ranks - 1) / ranks)
+    ranks, model = 8, load_model("llama-2-7b")
+    same, error = exact("balanced ring")
+    width = model.heads * model.head_dim
+    sent = lightseq_bytes(SequenceSplit(ranks), 1, (width, width), model.heads, 2)
+    volume = sum(sent) / (2 * width) / ((ranks - 1) / ranks)  # in S h
     speedups = []
     cluster = make_cluster("a100-sxm-80gb", 8, 2)
     for length in (32768, 65536, 131072, 262144, 524288):
@@ -220,11 +215,11 @@ def lightseq(*, gathers_per_layer: float = 14.0) -> Finding:
     return Finding(
         same and abs(ratio - 4.7) < 0.05 and inside,
         f"{gathers_per_layer:g} S h against {volume:.2f}: {ratio:.2f}x; faster by "
-        f"{', '.join(f'{s:.3f}' for s in speedups)} at 32K to 512K",
+        f"{', '.join(f'{s:.3f}' for s in speedups)} at 32K to 512K; losses differ by {error:.1e}",
         "a causal rank fetches only earlier keys; saved outputs spare the recomputed attention"
         if inside
         else "a speedup leaves the published range: Megatron-LM's overlap is not modelled",
-        ("Llama-2-7B on 2 nodes of 8 A100, volumes per rank over (P-1)/P", ON_CPU),
+        ("Llama-2-7B on 2 nodes of 8 A100, volumes per rank over (P-1)/P", ON_RANKS),
         "cpu",
     )  # fmt: skip
 
@@ -232,33 +227,26 @@ def lightseq(*, gathers_per_layer: float = 14.0) -> Finding:
 # ------------------------------------------------------------------ G3.6
 
 
-def axis_plan(needs: list[set[int]], axes: int) -> int:
-    """Return the fewest switches of the sharded axis, by shortest path.
-
-    ``needs[i]``: axes along which stage i works, which therefore cannot be sharded there.
-    """
-    cost = dict.fromkeys(range(axes), 0.0)
-    for used in needs:
-        cost = {
-            a: min(cost[b] + (a != b) for b in cost) if a not in used else math.inf for a in cost
-        }
-    return int(min(cost.values()))
-
-
 @check("G3.6", mutant={"switches_per_pair": 4})
 def dynamic_axes(*, switches_per_pair: int = 2) -> Finding:
     """Switching the sharded axis of a spatio-temporal network: outputs, bytes and plans."""
-    need_torch()
-    from backends.references.axes import switched
-
-    ranks = 4
-    same, sent, whole = switched(ranks)
-    mine = sum(sent) / ranks * switches_per_pair / 2
-    inner = whole / ranks * (ranks - 1) / ranks
+    ranks, tokens = 4, 64
+    same, error = exact("dynamic axes")
+    model = replace(SMALL_GRID, frames=8, kv_heads=SMALL_GRID.heads)
+    sent = {}
+    for kind in ("dsp", "ulysses"):
+        parallel = ParallelStrategy(cp=ranks, cp_kind=kind)
+        blocks = block_totals(lower_training(model, parallel, TrainStep(1, tokens)))
+        names = ("to_time.F", "to_space.F") if kind == "dsp" else ("space.F", "time.F")
+        found = (blocks[name].payload_bytes["all_to_all", "cp"] for name in names)
+        sent[kind] = sum(found) * (ranks - 1) / ranks
+    size, width = 4, model.heads * model.head_dim
+    mine = sent["dsp"] * switches_per_pair / 2
+    gathered = tokens * model.hidden * size * (ranks - 1) / ranks
     ratios = {
-        "Ulysses": mine / (2 * 4 * inner),
-        "ring": mine / (2 * 2 * whole * (ranks - 1) / ranks),
-        "Megatron-LM": mine / (2 * 4 * whole * (ranks - 1) / ranks),
+        "Ulysses": mine / sent["ulysses"],
+        "ring": mine / (2 * ring_bytes(SequenceSplit(ranks), tokens, width, size)),
+        "Megatron-LM": mine / (2 * 4 * gathered),
     }
     random = np.random.default_rng(6)
     plans = True
@@ -271,13 +259,16 @@ def dynamic_axes(*, switches_per_pair: int = 2) -> Finding:
                 if all(a not in used for a, used in zip(path, needs, strict=True))
             ),
         )
-        plans &= axis_plan(needs, 3) == brute
+        free = [[str(a) for a in range(3) if a not in used] for used in needs]
+        path = axis_plan(free, lambda i, a, b: 1.0)
+        plans &= sum(a != b for a, b in itertools.pairwise(path)) == brute
     return Finding(
         same and plans and max(ratios.values()) <= 0.25,
-        ", ".join(f"{r:.3f} of {name}" for name, r in ratios.items()) + "'s volume",
+        ", ".join(f"{r:.3f} of {name}" for name, r in ratios.items())
+        + f"'s volume; losses differ by {error:.1e}",
         "two all-to-alls per spatial and temporal pair; embedded methods exchange inside each"
         " attention",
         ("4 ranks", "an embedded all-to-all exchanges q, k, v and the output in both attentions",
-         ON_CPU),
+         ON_RANKS),
         "cpu",
     )  # fmt: skip
