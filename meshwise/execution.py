@@ -14,9 +14,9 @@ from typing import Any
 from backends.launch import GenerationJob, Job, RunOptions, RunResult, run_many
 from hwmodels.catalogue import THIS_CPU
 from hwmodels.profile import Profile, default_path, read_profile
-from meshwise import __version__
+from meshwise import __version__, recommendation
 from meshwise.lengths import measured, share_out
-from meshwise.prediction import Answer, provenance, strategy_table
+from meshwise.prediction import Answer, network_of, provenance, strategy_table
 from meshwise.prediction import choose_strategy as plan_strategy
 from meshwise.result import Result
 from meshwise.setting import Setting, resolve
@@ -24,12 +24,11 @@ from simcore.decode import passes
 from simcore.errors import InputError
 from simcore.lower import check_generation, lower_training
 from simcore.metrics import Metrics, PassTimes, generate_metrics, pass_program, train_metrics
-from simcore.mixed import MixedProgram
-from simcore.models import ModelSpec, parameter_count
+from simcore.models import ModelSpec
 from simcore.program import Program
 from simcore.scenario import Scenario, scenario_hash
 from simcore.strategy import ParallelStrategy, check_strategy
-from simcore.workloads import Generation, TrainStep
+from simcore.workloads import Generation, RecommendStep, TrainStep
 
 MAX_RANKS = 16  # processes that one machine is asked to start
 MAX_GRID_BYTES = 1_000_000
@@ -39,13 +38,13 @@ Say = Callable[[str], None]
 # ---------------------------------------------------------------- jobs
 
 
-def runnable(scenario: Scenario) -> TrainStep | Generation:
+def runnable(scenario: Scenario) -> TrainStep | Generation | RecommendStep:
     """Return the workload. Raises `InputError` for kinds that are not run on ranks."""
     work = scenario.work()
-    if not isinstance(work, TrainStep | Generation):
+    if not isinstance(work, TrainStep | Generation | RecommendStep):
         raise InputError(
             f"a workload of kind {scenario.workload.kind!r} cannot be run: give one "
-            "of kind 'train' or 'generate'."
+            "of kind 'train', 'generate' or 'recommend'."
         )
     return work
 
@@ -180,32 +179,50 @@ def run_scenario(
 ) -> Result:
     """Return what a real run measured."""
     work, setting = runnable(scenario), resolve(scenario, profile)
-    model = scenario.model_spec()
     _check_rank(rank, setting.cluster.world)
-    parallel = strategy or strategy_of(scenario, setting)
-    method = scenario.decoding.method if scenario.decoding else "autoregressive"
-    shared = None
-    if isinstance(work, TrainStep) and work.lengths:
-        shared = share_out(model, work, parallel, setting)
-    job = shared.mixed if shared else work_of(model, parallel, work, method)
     options = options_of(scenario, rank, repeats, timeout_s)
     busy = load_warning(1 if rank is not None else setting.cluster.world)
-    found = run_many([Job(job, options)])[0]
-    if shared is not None:
-        metrics = measured(shared, setting, found.timeline()) | repeated(found)
+    origin = provenance(scenario, setting, "execute") | network_of(scenario)
+    if isinstance(work, RecommendStep):
+        found, metrics = _run_recommender(scenario, work, setting, options)
     else:
-        assert not isinstance(job, MixedProgram)
-        metrics = measured_metrics(model, parallel, work, job, found, setting)
-    origin = provenance(scenario, setting, "execute") | {
-        "model": model.name,
-        "parameters": parameter_count(model),
-        "strategy": strategy_table(parallel),
-        "fingerprint": dict(found.ranks[0].fingerprint),
-    }
-    timeline = found.timeline() if isinstance(work, TrainStep) else None
+        parallel = strategy or strategy_of(scenario, setting)
+        found, metrics = _run_transformer(scenario, work, parallel, setting, options)
+        origin["strategy"] = strategy_table(parallel)
+    origin["fingerprint"] = dict(found.ranks[0].fingerprint)
+    timeline = None if isinstance(work, Generation) else found.timeline()
     return Result(
         scenario_hash(scenario), metrics, _run_notes(rank, setting, options), busy, origin, timeline
     )
+
+
+def _run_transformer(
+    scenario: Scenario,
+    work: TrainStep | Generation,
+    parallel: ParallelStrategy,
+    setting: Setting,
+    options: RunOptions,
+) -> tuple[RunResult, Metrics]:
+    """Return a run of a training step or a generation, and its metrics."""
+    model = scenario.model_spec()
+    if isinstance(work, TrainStep) and work.lengths:
+        shared = share_out(model, work, parallel, setting)
+        found = run_many([Job(shared.mixed, options)])[0]
+        return found, measured(shared, setting, found.timeline()) | repeated(found)
+    method = scenario.decoding.method if scenario.decoding else "autoregressive"
+    job = work_of(model, parallel, work, method)
+    found = run_many([Job(job, options)])[0]
+    return found, measured_metrics(model, parallel, work, job, found, setting)
+
+
+def _run_recommender(
+    scenario: Scenario, work: RecommendStep, setting: Setting, options: RunOptions
+) -> tuple[RunResult, Metrics]:
+    """Return a run of a recommendation model's step, and its metrics."""
+    program = recommendation.lowered(scenario, work, setting)
+    found = run_many([Job(program, options)])[0]
+    metrics = recommendation.metrics_of(scenario, work, program, setting, found.timeline())
+    return found, metrics | repeated(found)
 
 
 def load_warning(ranks: int) -> tuple[str, ...]:
@@ -249,9 +266,9 @@ def main_metric(metrics: Mapping[str, Any]) -> str:
 def validate_scenario(scenario: Scenario, profile: Path | str | None = None) -> Result:
     """Return measured metrics, with the prediction and its relative error."""
     setting = resolve(scenario, profile)
-    runnable(scenario)
+    work = runnable(scenario)
     _check_comparable(scenario, setting)
-    parallel = strategy_of(scenario, setting)
+    parallel = None if isinstance(work, RecommendStep) else strategy_of(scenario, setting)
     predicted = predict_with(scenario, setting, parallel)
     measured = run_scenario(scenario, profile=profile, strategy=parallel)
     name = main_metric(predicted.metrics)
@@ -281,11 +298,14 @@ def _check_comparable(scenario: Scenario, setting: Setting) -> None:
         )
 
 
-def predict_with(scenario: Scenario, setting: Setting, parallel: ParallelStrategy) -> Answer:
-    """Return the estimate for a scenario under a given strategy."""
-    from meshwise.prediction import predict_generation, predict_training
+def predict_with(scenario: Scenario, setting: Setting, parallel: ParallelStrategy | None) -> Answer:
+    """Return the estimate for a scenario under a given strategy, where its kind has one."""
+    from meshwise.prediction import predict_generation, predict_recommender, predict_training
 
-    work, model = runnable(scenario), scenario.model_spec()
+    work = runnable(scenario)
+    if isinstance(work, RecommendStep):
+        return predict_recommender(scenario, work, setting, "estimate")
+    model, parallel = scenario.model_spec(), parallel or strategy_of(scenario, setting)
     if isinstance(work, TrainStep):
         return predict_training(model, work, parallel, setting, "estimate")
     return predict_generation(model, work, parallel, setting, "estimate")

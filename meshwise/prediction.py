@@ -35,7 +35,7 @@ from simcore.scenario import Scenario, scenario_hash
 from simcore.strategy import ParallelStrategy, check_strategy
 from simcore.timeline import Span, Timeline, timeline
 from simcore.uncertainty import interval, program_deviation
-from simcore.workloads import CollectiveCall, Generation, OpCall, TrainStep
+from simcore.workloads import CollectiveCall, Generation, OpCall, RecommendStep, TrainStep
 
 if TYPE_CHECKING:
     from solvers.search import Plan
@@ -219,6 +219,23 @@ def _predict_lengths(
     return Answer(metrics, notes, warnings, found, parallel)
 
 
+def predict_recommender(
+    scenario: Scenario, work: RecommendStep, setting: Setting, engine: str
+) -> Answer:
+    """Return the answer for one training step of a recommendation model."""
+    from meshwise import recommendation
+
+    program = recommendation.lowered(scenario, work, setting)
+    found = run_timeline(program, setting, engine)
+    metrics = recommendation.metrics_of(scenario, work, program, setting, found)
+    deviation = program_deviation(program, setting.cost(program.mesh))
+    metrics["interval_s"] = interval(metrics["step_s"], deviation)
+    dtype = scenario.recommender().dtype
+    notes = (*recommendation.notes(program), _memory_note(setting), INTERVAL_NOTE)
+    warnings = setting.dtype_warnings(dtype) + _fit_warning(metrics)
+    return Answer(metrics, notes, warnings, found)
+
+
 def _peak_name(setting: Setting, dtype: str) -> str:
     rate = setting.peak_flops_per_s(dtype) / 1e12
     origin = "measured" if setting.profile is not None else f"datasheet, {dtype}"
@@ -378,6 +395,8 @@ def answer(scenario: Scenario, setting: Setting, engine: str) -> Answer:
         return predict_collective(work, setting)
     if isinstance(work, OpCall):
         return predict_op(work, setting)
+    if isinstance(work, RecommendStep):
+        return predict_recommender(scenario, work, setting, engine)
     parallel = scenario.strategy()
     notes: tuple[str, ...] = ()
     if parallel is None:
@@ -431,6 +450,17 @@ def provenance(scenario: Scenario, setting: Setting, engine: str) -> dict[str, A
     }
 
 
+def network_of(scenario: Scenario) -> dict[str, Any]:
+    """Return the name and size of the scenario's network, if it has one."""
+    if scenario.model is None:
+        return {}
+    if isinstance(scenario.work(), RecommendStep):
+        clicks = scenario.recommender()
+        return {"model": clicks.name, "parameters": clicks.parameters}
+    model = scenario.model_spec()
+    return {"model": model.name, "parameters": parameter_count(model)}
+
+
 def expenses(metrics: Metrics, setting: Setting) -> tuple[Metrics, tuple[str, ...]]:
     """Return the energy and, where the chip has a rental price, the cost of the whole cluster."""
     seconds = metrics.get("step_s", metrics.get("seconds"))
@@ -456,9 +486,7 @@ def predict_scenario(
     found = answer(scenario, setting, engine)
     origin = provenance(scenario, setting, engine)
     spent, spent_notes = expenses(found.metrics, setting)
-    if scenario.model is not None:
-        model = scenario.model_spec()
-        origin |= {"model": model.name, "parameters": parameter_count(model)}
+    origin |= network_of(scenario)
     if found.strategy is not None:
         origin["strategy"] = strategy_table(found.strategy)
     return Result(
@@ -491,7 +519,7 @@ def plan_scenario(
     """Return the planner's ranking as a result."""
     from solvers.search import search
 
-    if scenario.model is None:
+    if not isinstance(scenario.work(), TrainStep | Generation):
         raise InputError(
             "a plan needs a training step or a generation: give a [model] and a "
             "[workload] of kind 'train' or 'generate'."
@@ -510,7 +538,7 @@ def plan_scenario(
     if not found.candidates:
         warnings.append("no plan found: see infeasible_reasons.")
     origin = provenance(scenario, setting, "estimate")
-    origin |= {"model": model.name, "parameters": parameter_count(model)}
+    origin |= network_of(scenario)
     return Result(
         scenario_hash(scenario),
         found.to_dict(),

@@ -17,6 +17,8 @@ UNITS = (
     ("_flops_per_s", "FLOP/s"),
     ("flops_per_s", "FLOP/s"),
     ("bytes_per_s", "B/s"),
+    ("samples_per_s_per_gpu", "sample/s"),
+    ("samples_per_s", "sample/s"),
     ("tokens_per_s_per_gpu", "token/s"),
     ("tokens_per_s", "token/s"),
     ("model_flops", "FLOP"),

@@ -23,6 +23,7 @@ from simcore.errors import InputError
 from simcore.program import Program
 from simcore.scenario import Scenario
 
+TRAINING = ("train", "recommend")  # kinds of workload that a training process runs
 # vLLM's default gpu_memory_utilization is 0.9: the rest is left to the driver, to the
 # communication library's buffers and to fragmentation.
 RESERVE_SHARE = 0.1
@@ -210,7 +211,7 @@ def launching(scenario: Scenario, cluster: Cluster, profile: Profile | None) -> 
 
 
 # Engines capture decoding in graphs (vLLM, SGLang and TensorRT-LLM do by default).
-_LAUNCH = {"train": "eager", "generate": "graph"}
+_LAUNCH = {"train": "eager", "recommend": "eager", "generate": "graph"}
 
 
 def _launch_notes(host: Host) -> list[str]:
@@ -281,7 +282,7 @@ def known_reserve(scenario: Scenario, cluster: Cluster) -> dict[str, float]:
 
     It was observed on Nvidia's chips. An inference engine sets a share of the memory aside.
     """
-    if scenario.workload.kind != "train" or cluster.chip.vendor != "nvidia":
+    if scenario.workload.kind not in TRAINING or cluster.chip.vendor != "nvidia":
         return {}
     return {
         "context": CONTEXT_BYTES,

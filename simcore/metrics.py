@@ -183,6 +183,28 @@ def train_metrics(
     }
 
 
+def recommendation_metrics(
+    samples: int,
+    program: Program,
+    timeline: Timeline,
+    *,
+    chip_peak_flops_per_s: float,
+    memory_bytes: float,
+    reserve_bytes: float,
+) -> Metrics:
+    """Return the metrics of one step of a recommendation model over ``samples`` in all."""
+    step, world = timeline.step_s, program.world
+    return {
+        "step_s": step,
+        "samples_per_s": samples / step,
+        "samples_per_s_per_gpu": samples / step / world,
+        "hfu": executed_flops(program) / (step * world * chip_peak_flops_per_s),
+        **memory_metrics(program, TRAIN_PARTS, memory_bytes, reserve_bytes),
+        "bubble_fraction": timeline.bubble_fraction,
+        "exposed_communication_fraction": timeline.exposed_communication_fraction,
+    }
+
+
 # ---------------------------------------------------------------- generation
 
 

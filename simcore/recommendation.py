@@ -46,6 +46,11 @@ class Recommender:
         return sum(n * (k + 1) for widths in self.widths for k, n in itertools.pairwise(widths))
 
     @property
+    def parameters(self) -> int:
+        """All numbers that are learned, those of the tables and of both networks."""
+        return self.tables * self.rows * self.dim + self.dense_parameters
+
+    @property
     def pairs(self) -> int:
         """Pairs of rows of a sample, those of its tables and the one of its dense features."""
         return math.comb(self.tables + 1, 2)
@@ -59,11 +64,12 @@ class Recommender:
 
 def check_recommender(model: Recommender, ranks: int, batch: int) -> None:
     """Raise `InputError` where tables or samples cannot be shared out evenly."""
-    for what, count in (("tables", model.tables), ("batch", batch)):
+    shared = {"[model].tables": model.tables, "[workload].global_batch": batch}
+    for what, count in shared.items():
         if count % ranks:
             raise InputError(
-                f"{what} {count} is not a multiple of the {ranks} ranks: "
-                f"{max(count // ranks, 1) * ranks} would be."
+                f"{what} = {count} is not a multiple of the {ranks} ranks of [cluster], which "
+                f"share them out: {max(count // ranks, 1) * ranks} would be."
             )
 
 

@@ -38,6 +38,13 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class RecommendStep:
+    """One training step of a recommendation model over ``global_batch`` samples."""
+
+    global_batch: int
+
+
+@dataclass(frozen=True, slots=True)
 class CollectiveCall:
     """One collective over the first ``ranks`` ranks; ``size_bytes`` in nccl-tests' convention."""
 
@@ -60,4 +67,4 @@ class OpCall:
     form: str = ""
 
 
-Workload = TrainStep | Generation | CollectiveCall | OpCall
+Workload = TrainStep | Generation | RecommendStep | CollectiveCall | OpCall

@@ -46,6 +46,16 @@ METRICS = {
         "speedup_vs_autoregressive",
         "peak_memory_bytes",
     },
+    "recommend": {
+        "step_s",
+        "samples_per_s",
+        "samples_per_s_per_gpu",
+        "hfu",
+        "peak_memory_bytes",
+        "fits",
+        "bubble_fraction",
+        "exposed_communication_fraction",
+    },
     "collective": {"seconds", "algorithm_bytes_per_s", "bus_bytes_per_s", "algorithm"},
     "op": {"seconds", "flops_per_s", "bytes_per_s", "bound", "interval_s"},
 }

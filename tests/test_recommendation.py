@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from machines import Wires, cluster_cost
 
+import meshwise as mw
 from simcore.accounting import step_totals
 from simcore.engine import simulate
 from simcore.errors import InputError
@@ -53,10 +54,63 @@ def test_tables_are_shared_out_and_have_no_other_state() -> None:
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(InputError, match="tables 16 is not a multiple of the 3"):
+    with pytest.raises(InputError, match="tables = 16 is not a multiple of the 3"):
         lower_recommender(WIDE, 3, 3 * 64)
     with pytest.raises(InputError, match="60 would be"):
         lower_recommender(WIDE, 4, 62)
+
+
+SCENARIO = {
+    "model": {"kind": "recommender", "tables": 16, "rows": 1000, "dim": 32, "features": 13},
+    "cluster": {"gpu": "a100-sxm-80gb", "gpus_per_node": 4},
+    "workload": {"kind": "recommend", "global_batch": 256},
+}
+
+
+def changed(table: str, **keys: object) -> dict[str, object]:
+    return {**SCENARIO, table: {**SCENARIO.get(table, {}), **keys}}
+
+
+def test_a_scenario_is_the_programs_step() -> None:
+    """Both engines agree, and tell the program's memory and the network's size."""
+    found = [mw.predict(SCENARIO, engine) for engine in ("estimate", "simulate")]
+    first, second = (each.metrics for each in found)
+    assert second["step_s"] == pytest.approx(first["step_s"], rel=1e-9)
+    assert first["samples_per_s"] == 256 / first["step_s"]
+    program = lower_recommender(Recommender("", 16, 1000, 32, 13), 4, 256)
+    peak = residents(program, 0).total + activation_peaks(program, 0)[0]
+    assert first["peak_memory_bytes"] == peak
+    dense = 14 * 32 + (32 + 17 * 16 // 2 + 1) * 2
+    assert found[0].provenance["parameters"] == 16 * 1000 * 32 + dense
+
+
+@pytest.mark.parametrize(
+    ("table", "keys", "sentence"),
+    [
+        ("model", {"kind": "recomender"}, "did you mean 'recommender'"),
+        ("model", {"row": 4}, "row is not a key of a .model. of kind recommender: did you mean"),
+        ("model", {"layers": 4}, "layers is not a key of a .model. of kind recommender"),
+        ("model", {"below": [4.5]}, r"below\[0\] must be a whole number"),
+        ("model", {"tables": 6}, "tables = 6 is not a multiple of the 4 ranks"),
+        ("workload", {"global_batch": 63}, "global_batch = 63 .* 60 would be"),
+        ("workload", {"kind": "train", "seq_len": 8}, "give .workload..kind = 'recommend'"),
+        ("parallel", {"tp": 4}, "has no meaning for a workload of kind 'recommend'"),
+    ],
+)
+def test_a_wrong_scenario_is_one_sentence(
+    table: str, keys: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        mw.load_scenario(changed(table, **keys))
+
+
+def test_other_networks_are_not_recommended() -> None:
+    with pytest.raises(InputError, match="must be a recommender"):
+        mw.load_scenario({**SCENARIO, "model": {"name": "llama-2-7b"}})
+    with pytest.raises(InputError, match=r"rows is not a key of \[model\]: it belongs to a"):
+        mw.load_scenario({**SCENARIO, "model": {"name": "llama-2-7b", "rows": 3}})
+    with pytest.raises(InputError, match="a plan needs"):
+        mw.plan(SCENARIO)
 
 
 # ------------------------------------------------------------------------------- on real ranks
@@ -151,3 +205,14 @@ def test_ranks_move_hold_and_do_what_the_program_says() -> None:
         assert rank.payload_bytes == dict(totals.payload_bytes)
         assert rank.flops == totals.flops
         assert rank.peak_live_bytes == residents(program, 0).total + activation_peaks(program, 0)[0]
+
+
+@pytest.mark.distributed
+def test_a_scenario_is_run_and_compared() -> None:
+    small = changed("cluster", gpu="this-cpu", gpus_per_node=2) | {"run": {"repeats": 1}}
+    found = mw.validate(small, profile=None).metrics
+    rows, dense = 2 * 256 * 16 * 32 * 4 / 2, 14 * 32 + (32 + 17 * 16 // 2 + 1) * 2
+    for rank in found["ranks"]:
+        moved = {"all_to_all.dp_replicate": rows, "all_reduce.dp_replicate": dense * 4}
+        assert rank["payload_bytes"] == moved
+    assert found["error"] == found["predicted_step_s"] / found["measured_step_s"] - 1

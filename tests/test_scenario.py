@@ -341,7 +341,8 @@ def reference() -> str:
         title = f"[{name.removesuffix('Table').lower()}]"
         if "kind" in rules:
             kind = rules["kind"]["const"]
-            title = f"[workload] of kind {kind}"
+            home = "workload" if name.endswith("Workload") else "model"
+            title = f"[{home}] of kind {kind}"
             title += f", op {_op(rules)}" if kind == "op" else ""
         parts.append(key_table(title, table))
     return "\n".join(sorted(parts))

@@ -16,6 +16,7 @@ from simcore.scenario.reading import (
     scenario_hash,
     scenario_schema,
 )
+from simcore.scenario.recommender import RecommenderTable
 from simcore.scenario.tables import KINDS, TABLES, ParallelTable, Scenario
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "TABLES",
     "ModelTable",
     "ParallelTable",
+    "RecommenderTable",
     "Scenario",
     "check_scenario",
     "load_scenario",

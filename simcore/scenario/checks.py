@@ -9,17 +9,19 @@ from pydantic import ValidationError
 
 from simcore.errors import InputError, nearest
 from simcore.mixed import check_mixed
+from simcore.recommendation import check_recommender
 from simcore.recompute import check_recompute
 from simcore.scenario.fields import GenerateMetric, Table, TrainMetric
 from simcore.scenario.mistakes import raise_problems, sentence_of
+from simcore.scenario.recommender import RecommenderTable
 from simcore.scenario.tables import (
     KIND_TABLES,
     KINDS,
     OP_TABLES,
-    TABLE_CLASSES,
     TABLES,
     GoalTable,
     Scenario,
+    class_of,
     homes_of,
 )
 from simcore.scenario.words import (
@@ -42,7 +44,7 @@ from simcore.strategy import (
 )
 from simcore.streaming import check_streaming
 from simcore.swapping import check_swapping
-from simcore.workloads import TrainStep
+from simcore.workloads import RecommendStep, TrainStep
 
 
 def _workload_class(raw: object) -> tuple[type[Table] | None, str]:
@@ -88,7 +90,7 @@ def _unknown_key(table: str, key: object, fields: Iterable[str], what: str) -> s
     if name in LATER_KEYS.get(table, ()):
         return f"{where} is not available in this version: remove it."
     known = sorted(fields)
-    homes = homes_of(name)
+    homes = [home for home in homes_of(name) if home != f"[{table}]"]
     near = nearest(name, known) if name else None
     if homes:
         return f"{where} is not a key of {what}: it belongs to {homes[0]}."
@@ -112,7 +114,7 @@ def _structure(raw: Mapping[Any, Any]) -> tuple[list[str], dict[str, Any]]:
         if not isinstance(table, dict):
             problems.append(f"[{name}] must be a table of keys, not {shown_as(table)}.")
             continue
-        owner = work if name == "workload" else TABLE_CLASSES[name]
+        owner = work if name == "workload" else class_of(name, table)
         clean[name] = table if owner is None else _known_keys(name, table, owner, problems)
     return problems, clean
 
@@ -124,7 +126,7 @@ def _known_keys(
     what = (
         f"a {table.get('op') if table['kind'] == 'op' else table['kind']} workload"
         if name == "workload"
-        else f"[{name}]"
+        else ("a [model] of kind recommender" if owner is RecommenderTable else f"[{name}]")
     )
     known = {key: value for key, value in table.items() if key in owner.model_fields}
     fields = owner.model_fields
@@ -156,11 +158,10 @@ def validated(raw: Mapping[Any, Any]) -> Scenario:
 def _check_tables(scenario: Scenario) -> None:
     """Raise where tables do not fit the workload's kind."""
     kind = scenario.workload.kind
-    if kind in {"train", "generate"}:
-        if scenario.model is None:
-            raise InputError(f"the table [model] is missing: a {kind} workload needs it.")
-    else:
-        for name in ("model", "parallel", "goal"):
+    if kind in {"train", "generate", "recommend"} and scenario.model is None:
+        raise InputError(f"the table [model] is missing: a {kind} workload needs it.")
+    if kind not in {"train", "generate"}:
+        for name in ("parallel", "goal") if kind == "recommend" else ("model", "parallel", "goal"):
             if getattr(scenario, name) is not None:
                 raise InputError(
                     f"[{name}] has no meaning for a workload of kind {kind!r}: remove it."
@@ -258,6 +259,12 @@ def check_scenario(scenario: Scenario) -> None:
     if parallel is not None:
         _check_mesh(parallel, scenario.world)
     _check_balance(scenario, parallel)
+    work = scenario.work()
+    if isinstance(work, RecommendStep):
+        model = scenario.recommender()
+        if scenario.world is not None:
+            check_recommender(model, scenario.world, work.global_batch)
+        return
     if scenario.model is None:
         return
     spec = scenario.model_spec()
@@ -266,7 +273,6 @@ def check_scenario(scenario: Scenario) -> None:
     find_schedule(parallel.schedule).check(parallel.virtual_stages)
     check_recompute(parallel, stage_layers(spec, parallel))
     check_strategy(spec, parallel, parallel.world)
-    work = scenario.work()
     if isinstance(work, TrainStep) and work.lengths:
         check_mixed(spec, parallel)
     elif isinstance(work, TrainStep):

@@ -75,9 +75,9 @@ def _missing_hint(place: tuple[str, str]) -> str:
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, str, str]:
-    """Return (table, key, index) of a pydantic location, less the tags of the workload's union."""
+    """Return (table, key, index) of a pydantic location, less the tags of unions."""
     table, rest = str(loc[0]), list(loc[1:])
-    if table == "workload" and rest:
+    if table in ("workload", "model") and rest:
         rest = rest[2:] if rest[0] == "op" else rest[1:]
     index = "".join(f"[{part}]" for part in rest[1:] if isinstance(part, int))
     return table, str(rest[0]) if rest else "", index

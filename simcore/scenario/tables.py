@@ -7,10 +7,11 @@ import importlib
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, PrivateAttr, Strict, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Strict, Tag, model_validator
 
 from simcore.errors import InputError
 from simcore.models import ModelSpec
+from simcore.recommendation import Recommender
 from simcore.scenario.faults import FaultsTable
 from simcore.scenario.fields import (
     Capacity,
@@ -31,15 +32,17 @@ from simcore.scenario.fields import (
 )
 from simcore.scenario.lengths import lengths_of
 from simcore.scenario.model import MODEL_DTYPES, ModelTable
+from simcore.scenario.recommender import MODEL_TABLES, RecommenderTable, model_tag
 from simcore.scenario.workloads import (
     CollectiveWorkload,
     GenerateWorkload,
     MixerWorkload,
     OpWorkload,
+    RecommendWorkload,
     TrainWorkload,
 )
 from simcore.strategy import ParallelStrategy
-from simcore.workloads import CollectiveCall, Generation, OpCall, TrainStep
+from simcore.workloads import CollectiveCall, Generation, OpCall, RecommendStep, TrainStep, Workload
 
 
 class ClusterTable(Table):
@@ -276,7 +279,13 @@ class RunTable(Table):
 class Scenario(Table):
     """One question: which model, on which cluster, laid out how, doing what."""
 
-    model: ModelTable | None = key_of("The network; train and generate need it.", None)
+    model: (
+        Annotated[
+            Annotated[ModelTable, Tag("network")] | Annotated[RecommenderTable, Tag("recommender")],
+            Discriminator(model_tag),
+        ]
+        | None
+    ) = key_of("The network; train, generate and recommend need it.", None)
     cluster: ClusterTable = key_of("The hardware.")
     parallel: ParallelTable | None = key_of(
         "The parallel strategy; without it the planner chooses.", None
@@ -284,6 +293,7 @@ class Scenario(Table):
     workload: Annotated[
         TrainWorkload
         | GenerateWorkload
+        | RecommendWorkload
         | CollectiveWorkload
         | Annotated[OpWorkload, Field(discriminator="op")],
         Field(discriminator="kind"),
@@ -321,6 +331,11 @@ class Scenario(Table):
         table = self.model
         if table is None:
             raise InputError("the table [model] is missing: give name, hf_config or the numbers.")
+        if isinstance(table, RecommenderTable):
+            raise InputError(
+                "[model] is a recommender, which has no layers of a transformer: give [workload]."
+                "kind = 'recommend', or another model."
+            )
         if table.hf_config is not None:
             config = importlib.import_module("simcore.hf_config")
             spec: ModelSpec = config.load_hf_config(self.path(table.hf_config))
@@ -331,13 +346,22 @@ class Scenario(Table):
         dtypes = {key: getattr(table, key) for key in MODEL_DTYPES if getattr(table, key)}
         return dataclasses.replace(spec, **dtypes)
 
+    def recommender(self) -> Recommender:
+        """Return the recommendation model. Raises `InputError` where [model] is none."""
+        if not isinstance(self.model, RecommenderTable):
+            raise InputError(
+                "[model] must be a recommender for a workload of kind 'recommend': give kind = "
+                "'recommender', tables, rows, dim and features."
+            )
+        return self.model.recommender()
+
     def strategy(self) -> ParallelStrategy | None:
         """Return the parallel strategy, or None where the planner is to choose."""
         if self.parallel is None or self.parallel.strategy == "auto":
             return None
         return self.parallel.resolve(self.microbatch)
 
-    def work(self) -> TrainStep | Generation | CollectiveCall | OpCall:
+    def work(self) -> Workload:
         """Return what is to be run."""
         table = self.workload
         if isinstance(table, TrainWorkload):
@@ -357,6 +381,8 @@ class Scenario(Table):
             )
         if isinstance(table, GenerateWorkload):
             return Generation(table.batch, table.input_tokens, table.output_tokens)
+        if isinstance(table, RecommendWorkload):
+            return RecommendStep(table.global_batch)
         if isinstance(table, CollectiveWorkload):
             size, library = float(table.bytes), library_name(table.implementation)
             return CollectiveCall(table.op, size, table.ranks, table.dtype, library)
@@ -368,6 +394,7 @@ class Scenario(Table):
 KIND_TABLES: dict[str, type[Table]] = {
     "train": TrainWorkload,
     "generate": GenerateWorkload,
+    "recommend": RecommendWorkload,
     "collective": CollectiveWorkload,
 }
 OP_TABLES: dict[str, type[Table]] = {
@@ -376,8 +403,7 @@ OP_TABLES: dict[str, type[Table]] = {
     for op in get_args(table.model_fields["op"].annotation)
 }
 KINDS = (*KIND_TABLES, "op")
-TABLE_CLASSES: dict[str, type[Table]] = {
-    "model": ModelTable,
+TABLE_CLASSES: dict[str, type[Table]] = {  # but for [model] and [workload], which are several
     "cluster": ClusterTable,
     "parallel": ParallelTable,
     "decoding": DecodingTable,
@@ -388,9 +414,17 @@ TABLE_CLASSES: dict[str, type[Table]] = {
 TABLES = ("model", "cluster", "parallel", "workload", "decoding", "goal", "run", "faults")
 
 
+def class_of(name: str, raw: object) -> type[Table]:
+    """Return the class of a raw table, [workload] apart; what [model] is depends on its kind."""
+    return MODEL_TABLES[model_tag(raw)] if name == "model" else TABLE_CLASSES[name]
+
+
 def homes_of(key: str) -> list[str]:
     """Return the tables, or kinds of workload, that have a key of this name."""
-    found = [f"[{name}]" for name, table in TABLE_CLASSES.items() if key in table.model_fields]
+    found = ["[model]"] if key in ModelTable.model_fields else []
+    found += [f"[{name}]" for name, table in TABLE_CLASSES.items() if key in table.model_fields]
+    if key in RecommenderTable.model_fields:
+        found.append("a [model] of kind recommender")
     found += [f"a {kind} [workload]" for kind, t in KIND_TABLES.items() if key in t.model_fields]
     found += [f"a {op} [workload]" for op, table in OP_TABLES.items() if key in table.model_fields]
     return found

@@ -75,6 +75,13 @@ class GenerateWorkload(Table):
     output_tokens: Tokens = key_of("Tokens generated after each prompt.", unit="tokens")
 
 
+class RecommendWorkload(Table):
+    """One training step of a recommendation model, its tables shared out over all ranks."""
+
+    kind: Literal["recommend"] = key_of("What is to be run.")
+    global_batch: Tokens = key_of("Samples of one step, over all ranks.", unit="samples")
+
+
 class CollectiveWorkload(Table):
     """One collective over the first ranks of the cluster."""
 
@@ -284,4 +291,4 @@ OpWorkload = (
     | MixerWorkload
     | VariantWorkload
 )
-AnyWorkload = TrainWorkload | GenerateWorkload | CollectiveWorkload | OpWorkload
+AnyWorkload = TrainWorkload | GenerateWorkload | RecommendWorkload | CollectiveWorkload | OpWorkload
