@@ -14,6 +14,7 @@ from meshwise.result import Result
 from meshwise.setting import Setting, resolve
 from simcore.errors import InputError, unknown
 from simcore.lower import lower_training
+from simcore.metrics import Metrics
 from simcore.models import ModelSpec
 from simcore.scenario import Scenario, scenario_hash
 from simcore.strategy import ParallelStrategy, check_strategy, microbatches
@@ -48,8 +49,10 @@ def _with_microbatch(case: Case, value: int) -> Case:
 
 
 def _with_length(case: Case, value: int) -> Case:
+    """Return the case with sequences of so many tokens: packed documents repeat in their order."""
     model, parallel, work = case
-    return model, parallel, dataclasses.replace(work, seq_len=value)
+    packed = work.documents * (value // work.seq_len)
+    return model, parallel, dataclasses.replace(work, seq_len=value, documents=packed)
 
 
 def _same_share(case: Case, layers: int) -> tuple[int, ...]:
@@ -88,6 +91,11 @@ def _rows(case: Case) -> int:
     return tokens // math.gcd(tokens, case[2].seq_len)
 
 
+def _length(case: Case) -> int:
+    """Return the step in which a sequence may grow: documents stay whole."""
+    return math.lcm(_split(case), case[2].seq_len if case[2].documents else 1)
+
+
 def _longest(case: Case) -> int:
     """Return the most tokens that a sequence may have: learned positions are a table."""
     return case[0].max_positions if case[0].position == "learned" else 10**9
@@ -101,28 +109,32 @@ MOST_MICROBATCHES = 4096  # of one replica: schedules that keep memory bounded a
 GROWTHS = {
     "global_batch": Growth(_sequences, lambda c: MOST_MICROBATCHES * _sequences(c), _with_batch),
     "microbatch": Growth(_rows, lambda c: 10**6, _with_microbatch),
-    "seq_len": Growth(_split, _longest, _with_length),
+    "seq_len": Growth(_length, _longest, _with_length),
     "layers": Growth(_stages, lambda c: 10**4, _with_layers),
 }
 
 
 @dataclass(slots=True)
 class Search:
-    """Peak memory by value, each predicted once."""
+    """Memory by value, each predicted once."""
 
     case: Case
     growth: Growth
     setting: Setting
-    peaks: dict[int, float] = field(default_factory=dict)
+    found: dict[int, Metrics] = field(default_factory=dict)
+
+    def memory(self, value: int) -> Metrics:
+        """Return the memory metrics with this value."""
+        if value not in self.found:
+            model, parallel, work = self.growth.grown(self.case, value)
+            program = lower_training(model, parallel, work)
+            self.found[value] = training_memory(program, self.setting)
+        return self.found[value]
 
     def peak(self, value: int) -> float:
         """Return the peak bytes of the worst rank with this value."""
-        if value not in self.peaks:
-            model, parallel, work = self.growth.grown(self.case, value)
-            program = lower_training(model, parallel, work)
-            found = training_memory(program, self.setting)
-            self.peaks[value] = found["peak_memory_bytes"]
-        return self.peaks[value]
+        peak: float = self.memory(value)["peak_memory_bytes"]
+        return peak
 
     def fits(self, value: int) -> bool:
         """Return whether this value fits beside the reserve."""
@@ -143,7 +155,7 @@ class Search:
 
     def monotone(self) -> bool:
         """Return whether memory never fell as the value grew, over all that was predicted."""
-        peaks = [self.peaks[value] for value in sorted(self.peaks)]
+        peaks = [self.peak(value) for value in sorted(self.found)]
         return all(a <= b for a, b in pairwise(peaks))
 
 
@@ -188,10 +200,14 @@ def largest_scenario(scenario: Scenario, what: str, profile: str | Path | None =
         "lacking_bytes": search.peak(found + unit) - room if bounded else None,
         "device_memory_bytes": setting.memory_bytes,
         "reserve_bytes": setting.reserve_bytes,
-        "evaluations": len(search.peaks),
+        "evaluations": len(search.found),
         "monotone": search.monotone(),
     }
+    memory = search.memory(found) if found else {}
+    metrics |= {key: memory[key] for key in ("host_memory_bytes",) if key in memory}
     notes = [f"{what} grows in steps of {unit}.", setting.reserve_note]
+    if "host_memory_bytes" in metrics:
+        notes.append("the host is taken to have room for host_memory_bytes of each rank.")
     warnings = list(setting.warnings)
     if not bounded:
         warnings.append(f"memory does not bound {what}: the search ended at {found}.")

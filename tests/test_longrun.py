@@ -67,6 +67,58 @@ def test_the_largest_fits_and_the_next_does_not(what: str) -> None:
     assert over["peak_memory_bytes"] - room == pytest.approx(found["lacking_bytes"], rel=1e-6)
 
 
+SPLIT = {"tp": 2, "pp": 1, "dp_shard": 1, "dp_replicate": 1}
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "selective": {"recompute": "selective", "recompute_modules": ["attention", "norms"]},
+    "keep_attention": {"recompute": "keep_attention"},
+    "full": {"recompute": "full", "loss_chunks": 3},
+    "one layer": {"recompute": "full", "recompute_layers": 1},
+    "streamed": {"stream_chunks": 4, "loss_chunks": 6},
+    "swapped": {"swap_fraction": 0.5},
+    "gathered again": {
+        "recompute": "selective",
+        "recompute_modules": ["gathers"],
+        "sequence_parallel": True,
+    },
+    "ring": {"tp": 1, "cp": 2, "recompute": "full"},
+    "documents": {"recompute": "full"},
+    "documents on servers": {"tp": 1, "cp": 2, "cp_kind": "servers"},
+}
+
+
+def squeezed(technique: str, length: int = 0) -> dict[str, Any]:
+    """Return a step of two layers by this technique, of whole documents where it says so."""
+    documents = [768, 1280] if "documents" in technique else []
+    length = length or 2048 * 3
+    work = {"kind": "train", "global_batch": 1, "seq_len": length}
+    if documents:
+        work["documents"] = documents * (length // sum(documents))
+    keys = {"layers": 2, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    return scenario(
+        model={**keys, "ffn": 14336, "ffn_kind": "gated", "vocab": 32000},
+        cluster={"gpu": "h100-sxm-80gb", "gpus_per_node": 2},
+        parallel={**SPLIT, **TECHNIQUES[technique]},
+        workload=work,
+    )
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_longest_sequence_of_every_technique(technique: str) -> None:
+    """Its steps keep chunks, shares and documents whole; it fits, and the next one does not."""
+    found = mw.largest(squeezed(technique), "seq_len").metrics
+    assert found["bounded"]
+    assert found["monotone"]
+    fits, over = (
+        mw.predict(squeezed(technique, found[key])).metrics for key in ("largest", "next")
+    )
+    assert fits["fits"]
+    assert not over["fits"]
+    assert fits["peak_memory_bytes"] == pytest.approx(found["peak_memory_bytes"], rel=1e-9)
+    assert fits.get("host_memory_bytes") == found.get("host_memory_bytes")
+    assert (technique == "swapped") == ("host_memory_bytes" in found)
+
+
 def test_bisection_equals_trying_every_value() -> None:
     found = mw.largest(scenario(), "microbatch").metrics
     value = 1
