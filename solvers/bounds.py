@@ -17,7 +17,8 @@ from hwmodels.cost import ClusterCost
 from simcore.costs import transfer_seconds
 from simcore.errors import InputError
 from simcore.liveness import SHARES_STORAGE
-from simcore.lower import layer_unit, lower_training
+from simcore.lower import lower_training
+from simcore.lowering.units import layer_unit
 from simcore.models import LINEAR, ModelSpec
 from simcore.moe import EXPERTS, LAYER
 from simcore.ops import COMPUTE, Op

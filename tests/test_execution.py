@@ -12,7 +12,8 @@ import pytest
 
 from simcore.accounting import step_totals
 from simcore.liveness import activation_peaks, residents
-from simcore.lower import layer_unit, lower_pass, lower_training
+from simcore.lower import lower_pass, lower_training
+from simcore.lowering.units import layer_unit
 from simcore.models import ModelSpec
 from simcore.ops import COMMUNICATION, WORK
 from simcore.program import Program, coordinates, group_ranks

@@ -1,0 +1,1 @@
+"""What `simcore.lower` builds programs of."""
