@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files of tests go to two processes; a file stays whole, as its tests share what ranks have run.
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile --benchmark-disable
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format check-all bench clean
@@ -27,7 +29,7 @@ demo: install  ## Plan a training step, run the top plans on two CPU ranks, comp
 	@$(BIN)/python -m meshwise demo
 
 test: install  ## Run the tests and the notebooks
-	@$(BIN)/python -m pytest --nbmake tests notebooks
+	@$(BIN)/python -m pytest $(TWO_AT_ONCE) --nbmake tests notebooks
 
 lint: install  ## Check style, types and the layers
 	@$(BIN)/ruff check .
@@ -40,7 +42,7 @@ format: install  ## Put code into the house style
 	@$(BIN)/ruff format .
 
 check-all: lint  ## lint, then every test, the slow ones too, then the notebooks
-	@$(BIN)/python -m pytest -m "not benchmark"
+	@$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not benchmark"
 	@$(BIN)/python -m pytest --nbmake notebooks
 
 bench: install  ## Measure the project's own speed

@@ -99,10 +99,11 @@ def test_the_launcher_offers_every_option_of_the_worker() -> None:
 )
 def test_a_rank_that_dies_or_hangs_ends_the_run(kind: str, sentence: str, scratch: Path) -> None:
     start = time.monotonic()
-    options = RunOptions(repeats=1, warmup=0, timeout_s=2, fault={"rank": 1, "kind": kind})
+    limit = 2 if kind == "hang" else 50  # what dies is seen at once, whatever the limit
+    options = RunOptions(repeats=1, warmup=0, timeout_s=limit, fault={"rank": 1, "kind": kind})
     with pytest.raises(RunError, match=sentence):
         run_program(program(dp_replicate=2), options)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 45
     assert nothing_left(scratch)
 
 
