@@ -21,6 +21,7 @@ from simcore.lowering.units import QUORUM, UNITS, backward_blocks, forward_block
 from simcore.models import LINEAR, ModelSpec
 from simcore.network import TRAINABLE, Rows, TensorParallel, check_lowerable
 from simcore.ops import Size
+from simcore.ping_pong import check_ping_pong
 from simcore.pipelines.asynchronous import (
     Asynchronous,
     group_reduces,
@@ -151,6 +152,7 @@ def _check_parts(
     check_codecs(parallel, replicas=bool(shards.stage and shards.replicas), summed=summed)
     check_streaming(model, parallel, workload.seq_len // parallel.cp, split_backward=split)
     check_swapping(model, parallel, split_backward=split)
+    check_ping_pong(model, parallel, split_backward=split)
 
 
 def _order(

@@ -141,6 +141,7 @@ def unit_of(parallel: ParallelStrategy, degree: int) -> int:
 
 _PLAIN: dict[str, tuple[object, ...]] = {  # keys that serve sequences of one length alone
     "stream_chunks": (1,),
+    "ping_pong": (False,),
     "loss_chunks": (0, 1),
     "backup_workers": (0,),
     "grad_codec": ("none",),

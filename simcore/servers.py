@@ -191,8 +191,7 @@ def serve(b: Builder, rows: Rows, qkv: str, heads: int, kv_heads: int, d: int) -
     q, kv = b.act("q.0", tokens, widths[0]), b.act("kv.0", tokens, widths[1])
     b.op("split_columns", (qkv,), (q, kv), t=tokens, n=sum(widths), attrs={"first": widths[0]})
     if ranks > 1:
-        q = _shipped(b, q, plan.queries, widths[0])
-        kv = _shipped(b, kv, plan.keys, widths[1])
+        q, kv = _shipped(b, ((q, plan.queries, widths[0]), (kv, plan.keys, widths[1])))
     most = b.buffers[q].dims[0]
     out = b.act("o.served" if ranks > 1 else "o", most, widths[0])
     lse = b.act("lse", heads, most, dtype="fp32")
@@ -214,12 +213,22 @@ def default_block(rows: int) -> int:
     return max(1, rows // BLOCKS_PER_RANK)
 
 
-def _shipped(b: Builder, x: str, runs: list[list[list[Run]]], width: int) -> str:
-    counts = tuple(tuple(sum(e - a for a, e in one) for one in row) for row in runs)
-    sent = max(sum(row) for row in counts)
-    flat = [[run for one in row for run in one] for row in runs]
-    ready = _gathered(b, x, f"{x}.sent", flat, sent, width)
-    return _moved(b, ready, f"{x}.served", counts, max(map(sum, zip(*counts, strict=True))), width)
+def _shipped(b: Builder, wanted: Sequence[tuple[str, list[list[list[Run]]], int]]) -> list[str]:
+    """Append what ships rows (a buffer, its runs, its width) to servers; return what comes.
+
+    All are gathered before the first leaves, so that backward has all on their way before it
+    waits for one.
+    """
+    ready = []
+    for x, runs, width in wanted:
+        counts = tuple(tuple(sum(e - a for a, e in one) for one in row) for row in runs)
+        flat = [[run for one in row for run in one] for row in runs]
+        most = max(map(sum, counts))
+        ready.append((_gathered(b, x, f"{x}.sent", flat, most, width), counts))
+    return [
+        _moved(b, sent, f"{x}.served", counts, max(map(sum, zip(*counts, strict=True))), width)
+        for (x, _, width), (sent, counts) in zip(wanted, ready, strict=True)
+    ]
 
 
 def _gathered(
@@ -279,6 +288,11 @@ def gather_rows_adjoint(op: Op, tape: Tape) -> None:
 def check_documents(model: ModelSpec, parallel: ParallelStrategy, workload: TrainStep) -> None:
     """Raise `InputError` where packed documents, or serving attention, are not covered."""
     serves = parallel.cp_kind == "servers" and parallel.cp > 1
+    if parallel.task_rows and parallel.cp_kind != "servers" and not workload.documents:
+        raise InputError(
+            f"[parallel].task_rows {parallel.task_rows} needs cp_kind = 'servers', not "
+            f"{parallel.cp_kind!r}, or [workload].documents: leave it out, or change one of them."
+        )
     if not workload.documents and not serves:
         return
     if workload.documents and (

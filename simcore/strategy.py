@@ -59,6 +59,7 @@ class ParallelStrategy:
     cp_ring: int = 1  # usp: cp = cp_ring x cp_ulysses
     cp_ulysses: int = 1
     task_rows: int = 0  # servers: most query rows of a task; 0: an eighth of a rank's
+    ping_pong: bool = False  # servers: halves of a microbatch take turns: `simcore.ping_pong`
     cp_window: int = 0  # double ring: ranks of an inner ring
     cp_slices: int = 0  # zeco: slices of a state; 0: DEFAULT_SLICES
     balance: str | None = None  # of unequal lengths: one of `simcore.balance.BALANCERS`

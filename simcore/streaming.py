@@ -110,7 +110,9 @@ def _times(buffer: Buffer, chunks: int) -> Buffer:
 def _layer_chunk(plain: Sequence[Op], buffers: dict[str, Buffer], batch: int, index: int) -> Chunk:
     """Return the forward ops of chunk ``index``: its rows taken, its results put."""
     names = {"h": "h.c", "h+": "h.out", "positions": "positions.c"}
-    take = [_rows("take_rows", x, names[x], buffers, batch, index) for x in ("h", "positions")]
+    take = [
+        part_of_rows("take_rows", x, names[x], buffers, batch, index) for x in ("h", "positions")
+    ]
     found = [op for op in take if any(op.reads[0] in other.reads for other in plain)]
     for op in plain:
         reads, writes = (
@@ -121,13 +123,13 @@ def _layer_chunk(plain: Sequence[Op], buffers: dict[str, Buffer], batch: int, in
             continue
         rows = op.dims["s"]
         attrs = {**op.attrs, "first": index * rows}
-        found.append(_rows("put_rows", PACKED, reads[0], buffers, batch, index))
+        found.append(part_of_rows("put_rows", PACKED, reads[0], buffers, batch, index))
         dims = {**op.dims, "kv": (index + 1) * rows}
         found.append(Op("attention_rows", dims, op.dtype, (PACKED,), writes, attrs=attrs))
-    return (*found, _rows("put_rows", "h+", "h.out", buffers, batch, index))
+    return (*found, part_of_rows("put_rows", "h+", "h.out", buffers, batch, index))
 
 
-def _rows(
+def part_of_rows(
     kind: str, whole: str, part: str, buffers: dict[str, Buffer], parts: int, index: int
 ) -> Op:
     """Return the op that takes rows out of each of ``parts`` equal runs of ``whole``, or puts them.
@@ -178,8 +180,8 @@ def loss_chunks(
     found = []
     for index in range(chunks):
         ops = [
-            _rows("take_rows", "h", names["h"], buffers, 1, index),
-            _rows("take_rows", "targets", names["targets"], buffers, runs, index),
+            part_of_rows("take_rows", "h", names["h"], buffers, 1, index),
+            part_of_rows("take_rows", "targets", names["targets"], buffers, runs, index),
         ]
         loss = "loss.c" if index else "loss"
         for op in plain:

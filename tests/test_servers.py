@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import LLAMA, Wires, cluster_cost
+from machines import LLAMA, Constant, Wires, cluster_cost
 
-from simcore.accounting import block_totals
+from simcore.accounting import block_totals, step_totals
 from simcore.engine import simulate
 from simcore.errors import InputError
 from simcore.estimate import estimate
@@ -134,12 +134,56 @@ def test_served_attention_outruns_the_busiest_rank() -> None:
     assert busy["at home"] > 2
 
 
+@pytest.mark.parametrize(("products_s", "whole", "left"), [(4.0, 5, 0), (0.0, 6, 3)])
+def test_halves_in_turn_hide_transfers(products_s: float, whole: int, left: int) -> None:
+    """A whole microbatch waits for three transfers each way; halves, at most for those at the ends.
+
+    Of those in backward one has a product of weight gradients beside it in any case. A half's
+    attention covers the other's transfers between; the first to leave and the last to come home
+    have the products beside attention, or nothing where these take no time.
+    """
+    seconds = {"attention_tasks": 10.0, "attention_tasks_backward": 20.0, "matmul": products_s}
+    waited, work = {}, {}
+    for halves in (1, 2):
+        program = lowered(64, cp=2, microbatch=2, ping_pong=halves == 2)
+        took = []
+        for transfer in (1.0, 0.0):
+            each = {**seconds, "all_to_all": transfer}
+            cost = Constant({kind: s / halves for kind, s in each.items()})
+            took.append(estimate(program, cost, Wires()).step_s)
+            simulated = simulate(program, cost, Wires(), detail=True).step_s
+            assert simulated == pytest.approx(took[-1], rel=1e-12)
+        waited[halves] = took[0] - took[1]
+        work[halves] = executed_flops(program), step_totals(program, 0).payload_bytes
+    assert waited[1] == pytest.approx(whole * LLAMA.layers)
+    assert waited[2] == pytest.approx(left * LLAMA.layers)
+    assert work[1] == work[2]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        ({"cp": 2}, ("ping_pong", "even number")),
+        ({"microbatch": 2}, ("ping_pong", "cp > 1")),
+        ({"cp": 2, "microbatch": 2, "tp": 2, "sequence_parallel": True}, ("sequence_parallel",)),
+        ({"cp": 2, "microbatch": 2, "pp": 2, "schedule": "zb_h1"}, ("ping_pong", "'zb_h1'")),
+    ],
+)
+def test_halves_that_cannot_take_turns_are_refused(
+    parallel: dict[str, object], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        lowered(64, ping_pong=True, **parallel)
+    assert all(word in str(caught.value) for word in words)
+
+
 @pytest.mark.parametrize(
     ("documents", "parallel", "words"),
     [
         ((60, 60), {"cp": 2}, ("add up to 120", "128")),
         ((64, 64), {"cp": 2, "cp_kind": "ring"}, ("cp_kind = 'servers'",)),
         ((64, 64), {"stream_chunks": 2}, ("stream_chunks",)),
+        ((), {"task_rows": 4, "cp_kind": "ring", "cp": 2}, ("task_rows 4", "'ring'")),
     ],
 )
 def test_documents_that_do_not_fit_are_refused(

@@ -18,6 +18,7 @@ from simcore.network import (
     layer_block,
 )
 from simcore.ops import Buffer, Op, Size
+from simcore.ping_pong import HALVES, halves_backward, halves_forward, layer_halves
 from simcore.program import Call
 from simcore.recompute import recompute_ops, recomputed_layers
 from simcore.streaming import (
@@ -51,6 +52,10 @@ def forward_blocks(low: Lowering, tp: TensorParallel, rows: Rows, loss_scale: fl
         chunk = layer_block(model, tp, replace(rows, new=rows.new // streamed), buffers)
         low.chunks["layer"] = layer_chunks(chunk, buffers, rows.batch, streamed)
         low.add("layer.F", layer_forward(low.chunks["layer"]))
+    elif low.parallel.ping_pong:
+        half = replace(rows, batch=rows.batch // HALVES)
+        low.chunks["layer"] = layer_halves(lambda own: layer_block(model, tp, half, own), buffers)
+        low.add("layer.F", halves_forward(low.chunks["layer"]))
     elif "layer" in units:
         low.add("layer.F", layer_block(model, tp, rows, buffers))
     for mixer in units.intersection((*GRID, LINEAR)):
@@ -74,9 +79,13 @@ def forward_blocks(low: Lowering, tp: TensorParallel, rows: Rows, loss_scale: fl
 def backward_blocks(low: Lowering) -> None:
     """Add the backward of every unit, whole and in its two parts, and what is computed again."""
     outputs = {"embed": ("h",), **dict.fromkeys(LAYERS, ("h+",)), "head": ()}
-    streamed = {"layer": layer_backward, "head": loss_backward}
+    layers = halves_backward if low.parallel.ping_pong else layer_backward
+    chunked = {"layer": layers, "head": loss_backward}
     for unit, chunks in low.chunks.items():
-        low.add(f"{unit}.B", streamed[unit](chunks, low.buffers, backward))
+        back = chunked[unit](chunks, low.buffers, backward)
+        low.add(f"{unit}.B", back)
+        if unit == "layer":
+            low.add("layer.R", recompute_ops(low.parallel, low.blocks["layer.F"], back))
     for unit in (u for u in UNITS if f"{u}.F" in low.blocks and u not in low.chunks):
         tape: Tape = backward(low.blocks[f"{unit}.F"], low.buffers, outputs[unit])
         low.add(f"{unit}.B", tape.joined())

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from simcore.errors import InputError, nearest
 from simcore.mixed import check_mixed
+from simcore.ping_pong import check_ping_pong
 from simcore.recommendation import check_recommender
 from simcore.recompute import check_recompute
 from simcore.scenario.fields import GenerateMetric, Table, TrainMetric
@@ -280,3 +281,4 @@ def check_scenario(scenario: Scenario) -> None:
         check_split(spec, parallel, work.seq_len)
         check_streaming(spec, parallel, work.seq_len // parallel.cp)
         check_swapping(spec, parallel)
+        check_ping_pong(spec, parallel)

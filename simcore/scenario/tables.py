@@ -128,6 +128,11 @@ class ParallelTable(Table):
         0,
         unit="rows",
     )
+    ping_pong: Annotated[bool, Strict()] = key_of(
+        "With servers: two halves of a microbatch take turns, so that one computes while the "
+        "other's rows travel.",
+        False,
+    )
     ep: Degree = key_of(
         "Ranks that share out the experts of a layer, out of dp x cp x tp.", 1, unit="ranks"
     )
