@@ -22,6 +22,7 @@ from validation.plots import (
     category,
     error_bars,
     error_colour,
+    parts_figure,
     png_bytes,
     ranking_figure,
     save_png,
@@ -82,13 +83,22 @@ def test_every_picture_is_drawn(comparison: Comparison, tmp_path: Path) -> None:
         ranking_figure(comparison.cases[:3], "three"),
         timeline_figure(case.predicted, case.measured, "title"),
         schedule_figure(case.predicted),
+        parts_figure({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0}}, title="parts", limit=4.0),
     ]
     for number, figure in enumerate(figures):
         path = save_png(figure, tmp_path / "new" / f"{number}.png")
         width, height = size_of(path.read_bytes())
         assert 800 < width < 1300
         assert 200 < height < 1300
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [f"{n}.png" for n in range(5)]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [f"{n}.png" for n in range(6)]
+
+
+def test_parts_stand_side_by_side() -> None:
+    rows = {"a": {"x": 1.0, "none": 0.0, "y": 2.0}, "b": {"x": 3.0}}
+    axes = parts_figure(rows).axes[0]
+    bars = {(b.get_x(), b.get_width()) for group in axes.containers for b in group}
+    assert bars == {(0.0, 1.0), (1.0, 2.0), (0.0, 3.0), (3.0, 0.0)}
+    assert [group.get_label() for group in axes.containers] == ["x", "y"]
 
 
 def test_a_picture_is_the_same_each_time(comparison: Comparison) -> None:

@@ -6,6 +6,7 @@ from validation.plots.canvas import COLOURS, png_bytes, save_png, write_bytes
 from validation.plots.curves import curves_figure
 from validation.plots.errors import error_bars, error_colour, ranking_figure, scatter_figure
 from validation.plots.hardware import roofline_figure
+from validation.plots.parts import parts_figure
 from validation.plots.timelines import boxes, category, schedule_figure, timeline_figure
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "curves_figure",
     "error_bars",
     "error_colour",
+    "parts_figure",
     "png_bytes",
     "ranking_figure",
     "roofline_figure",
