@@ -99,7 +99,7 @@ def lasp(*, ranks: int = 128, tokens: int = 4096 * 1024) -> Finding:
     )
 
 
-@check("G4.2", mutant={"over_lasp": 1.366})
+@check("G4.2", mutant={"tokens": 1024 * 1024})
 def lasp2(
     *,
     ranks: int = 64,
