@@ -88,7 +88,12 @@ def read_profile(path: Path) -> Profile:
         )
     except OSError as error:
         raise InputError(f"cannot read the profile {path.name}: {error.strerror}.") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(
+            f"{path.name} was measured by another version of meshwise, or is no device profile (it "
+            f"lacks {error.args[0]!r}): run 'meshwise calibrate' again."
+        ) from None
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path.name} is not a device profile ({error!r:.80}): run 'meshwise calibrate'."
         ) from None

@@ -22,6 +22,7 @@ from hwmodels.training_memory import WORKSPACE_BYTES, as_kept, find_keeping
 from simcore.errors import InputError
 from simcore.program import Program
 from simcore.scenario import Scenario
+from simcore.scenario.effect import idle_keys
 
 TRAINING = ("train", "recommend")  # kinds of workload that a training process runs
 # vLLM's default gpu_memory_utilization is 0.9: the rest is left to the driver, to the
@@ -263,13 +264,14 @@ def resolve(scenario: Scenario, profile: Path | str | None = None) -> Setting:
     assumptions, warnings = _speed_notes(cluster, found, known)
     host = launching(scenario, cluster, found)
     reserve = known_reserve(scenario, cluster)
+    strategy = scenario.strategy()
     return Setting(
         cluster,
         found,
         memory,
         sum(reserve.values()) if reserve else RESERVE_SHARE * memory,
         (*assumptions, *(_framework_notes(framework) or _launch_notes(host))),
-        tuple(warnings),
+        (*warnings, *(idle_keys(strategy) if strategy else ())),
         host,
         known,
         reserve,

@@ -170,7 +170,13 @@ def check_mixed(model: ModelSpec, parallel: ParallelStrategy) -> None:
             raise InputError(
                 f"[parallel].{key} needs sequences of one length: leave it out where they differ."
             )
-    if find_schedule(parallel.schedule).updates:
+    schedule = find_schedule(parallel.schedule)
+    if schedule.copies > 1:
+        raise InputError(
+            f"the schedule {parallel.schedule!r} sends microbatches of one shape from both "
+            "ends, which lengths that differ do not give: set [parallel].schedule to '1f1b'."
+        )
+    if schedule.updates:
         raise InputError(
             f"the schedule {parallel.schedule!r} updates weights within a step, which lengths that "
             "differ do not allow: set [parallel].schedule to '1f1b'."

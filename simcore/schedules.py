@@ -70,11 +70,12 @@ class Schedule:
         more = (virtual,) if self.stages_per_rank is None else ()
         return self.order(ranks, microbatches, *more)
 
-    def check(self, virtual: int) -> None:
-        """Raise `InputError` where a rank cannot have so many stages."""
+    def check(self, virtual: int, name: str = "") -> None:
+        """Raise `InputError` where a rank cannot have so many stages; ``name``: the schedule's."""
         if self.stages_per_rank is not None and virtual != self.stages_per_rank:
             raise InputError(
-                f"this schedule puts {self.stages_per_rank} stages on every rank, not {virtual}: "
+                f"{f'the schedule {name!r}' if name else 'this schedule'} puts "
+                f"{self.stages_per_rank} stages on every rank, not {virtual}: "
                 f"set [parallel].virtual_stages = {self.stages_per_rank}, or choose 'interleaved'."
             )
 

@@ -65,6 +65,13 @@ def data_dir(pytestconfig: pytest.Config) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let no profile of this machine, of this version or an older one, decide what tests see."""
+    absent = tmp_path_factory.getbasetemp() / "no-profile.json"
+    monkeypatch.setattr("meshwise.setting.default_path", lambda: absent)
+
+
 @pytest.fixture
 def golden(pytestconfig: pytest.Config) -> Callable[..., None]:
     """A function ``golden(name, values, rel=1e-9)`` that compares with ``tests/golden/name.json``.

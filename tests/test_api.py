@@ -62,12 +62,6 @@ METRICS = {
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.toml") if "grid" not in path.name)
 
 
-@pytest.fixture(autouse=True)
-def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let no profile of this machine decide what the tests see."""
-    monkeypatch.setattr("meshwise.setting.default_path", lambda: tmp_path / "none.json")
-
-
 def scenario(**tables: Any) -> dict[str, Any]:
     """Return a training scenario, its tables replaced or, where None, left out."""
     base = {"model": MODEL, "cluster": CLUSTER, "parallel": {"tp": 2, "pp": 2}, "workload": TRAIN}

@@ -38,12 +38,6 @@ COMMANDS = (
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let no profile of this machine decide what the tests see."""
-    monkeypatch.setattr("meshwise.setting.default_path", lambda: tmp_path / "none.json")
-
-
 def call(capture: Capture, *arguments: str) -> tuple[int, str, str]:
     """Return exit code, standard output and standard error of a command."""
     code = cli.main(list(arguments))

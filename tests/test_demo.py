@@ -13,7 +13,7 @@ import pytest
 
 from hwmodels.collectives import CollectiveFit
 from hwmodels.kernels import KernelFit
-from hwmodels.profile import Profile
+from hwmodels.profile import Profile, read_profile
 from meshwise import api, cli, demo, execution
 from meshwise.execution import is_grid, load_warning
 from simcore.errors import InputError
@@ -92,6 +92,15 @@ def test_demo_prints_its_plans(quick: list[str], capsys: pytest.CaptureFixture[s
     out, _ = capsys.readouterr()
     assert all(name in out for name in quick)
     assert "predicted step" in out
+
+
+def test_a_profile_of_an_older_version_asks_for_a_new_calibration(tmp_path: Path) -> None:
+    path = profile_file(tmp_path)
+    table = json.loads(path.read_text())
+    del table["cores"], table["crowds"]
+    path.write_text(json.dumps(table))
+    with pytest.raises(InputError, match=r"another version.*'cores'.*run 'meshwise calibrate'"):
+        read_profile(path)
 
 
 def test_demo_calibrates_first_where_nothing_is_known(

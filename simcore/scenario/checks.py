@@ -12,6 +12,7 @@ from simcore.mixed import check_mixed
 from simcore.ping_pong import check_ping_pong
 from simcore.recommendation import check_recommender
 from simcore.recompute import check_recompute
+from simcore.scenario.effect import check_effective, check_generates
 from simcore.scenario.fields import GenerateMetric, Table, TrainMetric
 from simcore.scenario.mistakes import raise_problems, sentence_of
 from simcore.scenario.recommender import RecommenderTable
@@ -45,7 +46,7 @@ from simcore.strategy import (
 )
 from simcore.streaming import check_streaming
 from simcore.swapping import check_swapping
-from simcore.workloads import RecommendStep, TrainStep
+from simcore.workloads import Generation, RecommendStep, TrainStep
 
 
 def _workload_class(raw: object) -> tuple[type[Table] | None, str]:
@@ -271,7 +272,10 @@ def check_scenario(scenario: Scenario) -> None:
     spec = scenario.model_spec()
     if parallel is None:
         return
-    find_schedule(parallel.schedule).check(parallel.virtual_stages)
+    if isinstance(work, Generation):
+        check_generates(parallel)
+    check_effective(parallel)
+    find_schedule(parallel.schedule).check(parallel.virtual_stages, parallel.schedule)
     check_recompute(parallel, stage_layers(spec, parallel))
     check_strategy(spec, parallel, parallel.world)
     if isinstance(work, TrainStep) and work.lengths:
