@@ -28,6 +28,7 @@ MODULES = (
     "training_parallel",
     "training_exchange",
     "training_elastic",
+    "training_swarm",
     "training_experts",
     "training_runs",
     "training_pipelines",

@@ -72,7 +72,7 @@ def critical_batch(*, follows: str = "tokens") -> Finding:
     ``follows``: what the critical batch is a power of, with the exponent published for tokens.
     """
     need_torch()
-    from backends.references.exchange import steps_to_loss
+    from backends.references.descent import steps_to_loss
 
     ran = [steps_to_loss(b, 4, 4.0, 0) for b in (1, 4, 16, 64, 256)]
     falls = ran[0] > ran[1] > ran[2] and ran[4] >= 0.7 * ran[3]
