@@ -27,6 +27,7 @@ from backends.bench_links import (
     measure_overlap,
     measure_peaks,
 )
+from backends.bench_recommend_cases import recommend_cases
 from backends.bench_split_cases import (
     block_cases,
     chunk_cases,
@@ -63,6 +64,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "groups": group_cases,
     "codecs": codec_cases,
     "linear": linear_cases,
+    "recommend": recommend_cases,
 }
 
 

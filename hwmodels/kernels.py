@@ -77,7 +77,6 @@ BY_ROOFLINE: frozenset[str] = frozenset(
     {
         *("split_columns", "gather_rows", "scatter_rows"),
         *("attention_tasks", "attention_tasks_backward"),
-        *("lookup", "descend_rows", "pairs", "pairs_backward"),
         *("offload", "fetch", "release"),
     }
 )  # kinds that no microbenchmark measures, so far

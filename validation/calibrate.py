@@ -28,6 +28,7 @@ PRODUCT = ("one", "flops", "bytes", "packed_weights")
 GROUPED = (*PRODUCT, "experts")
 TRAFFIC = ("one", "bytes", "vector")
 ROOFLINE = ("one", "flops", "bytes", "vector")
+PAIRS = ("one", "flops", "bytes")
 TILE = ("one", "flops", "bytes", "vector", "heads", "flops_per_block")
 ATTENTION = ("one", "flops", "bytes", "vector", "heads", "queries", "flops_per_block")
 FITTED: dict[str, tuple[str, ...]] = {
@@ -45,6 +46,7 @@ FITTED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LINEAR_KERNELS, ROOFLINE),
     **dict.fromkeys(("route", "route_backward", "state_prefix"), TRAFFIC),
     **dict.fromkeys(("permute", "permute_backward", "combine", "combine_backward"), TRAFFIC),
+    **dict.fromkeys(("pairs", "pairs_backward"), PAIRS),
 }
 """Families with more than one size; every other family keeps its points."""
 

@@ -80,10 +80,10 @@ def _case(raw: Table, grid: Table, path: Path) -> Case:
         raise InputError(f"{where}{error}") from None
     except (TypeError, ValueError):
         raise InputError(f"{where}its values must be text, numbers, lists or tables.") from None
-    if scenario.strategy() is None:
-        raise InputError(f"{where}give [parallel]: the cases of a grid name their strategy.")
     if scenario.workload.kind not in ("train", "generate"):
         raise InputError(f"{where}only workloads of kind 'train' and 'generate' are run.")
+    if scenario.strategy() is None:
+        raise InputError(f"{where}give [parallel]: the cases of a grid name their strategy.")
     return Case(name, label, f"{label}, {batch_text(scenario)}", scenario)
 
 
