@@ -288,11 +288,6 @@ def gather_rows_adjoint(op: Op, tape: Tape) -> None:
 def check_documents(model: ModelSpec, parallel: ParallelStrategy, workload: TrainStep) -> None:
     """Raise `InputError` where packed documents, or serving attention, are not covered."""
     serves = parallel.cp_kind == "servers" and parallel.cp > 1
-    if parallel.task_rows and parallel.cp_kind != "servers" and not workload.documents:
-        raise InputError(
-            f"[parallel].task_rows {parallel.task_rows} needs cp_kind = 'servers', not "
-            f"{parallel.cp_kind!r}, or [workload].documents: leave it out, or change one of them."
-        )
     if not workload.documents and not serves:
         return
     if workload.documents and (

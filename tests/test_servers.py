@@ -183,7 +183,6 @@ def test_halves_that_cannot_take_turns_are_refused(
         ((60, 60), {"cp": 2}, ("add up to 120", "128")),
         ((64, 64), {"cp": 2, "cp_kind": "ring"}, ("cp_kind = 'servers'",)),
         ((64, 64), {"stream_chunks": 2}, ("stream_chunks",)),
-        ((), {"task_rows": 4, "cp_kind": "ring", "cp": 2}, ("task_rows 4", "'ring'")),
     ],
 )
 def test_documents_that_do_not_fit_are_refused(

@@ -12,14 +12,15 @@ import numpy as np
 from hwmodels.catalogue import load_chip
 from hwmodels.memory import room_bytes
 from simcore.catalogue import load_model
-from simcore.lower import lower_pass
+from simcore.lower import lower_pass, lower_training
 from simcore.metrics import GENERATE_PARTS, memory_metrics
 from simcore.models import parameter_count
 from simcore.servers import Task, assigned, tasks_of
 from simcore.strategy import ParallelStrategy
 from validation.systems.frame import Finding, check, need_torch
+from validation.systems.training_cells import CELLS, SIZES, WAYS, loads
 from validation.systems.training_machine import ON_RANKS, exact
-from validation.systems.training_sequences import ON_CPU, gradients_agree, largest
+from validation.systems.training_sequences import largest
 
 RATE = 0.5 * 312e12  # an A100 at half of its peak
 NODE_RATE, NIC_RATE = 240e9, 25e9  # bytes/s of a rank inside a node and between nodes
@@ -138,7 +139,7 @@ def attention_servers(*, ranks: int = 64, task: float = 2048.0) -> Finding:
 
     ``task``: query rows of a task; the mutant never cuts a document.
     """
-    same, error = exact("attention servers")
+    same, error = exact("causal servers 16/4", "documents servers 16/4")
     bounds, gains, left = [], [], []
     for sigma in (0.6, 1.0, 1.4):
         for seed in range(3):
@@ -189,44 +190,38 @@ def tiles(seen: np.ndarray, side: int) -> int:
 
 @check("G3.11", mutant={"shift": 1})
 def attention_grid(*, shift: int = 0) -> Finding:
-    """Masks x layouts x ranks: executed pairs of each rank are its unmasked area.
+    """Ways x masks x layouts x ranks: each rank's pairs are its unmasked area, and it runs so.
 
     ``shift``: by how many positions the predicted diagonal is off.
     """
-    need_torch()
-    from backends.references.attention import LAYOUTS, ring, unmasked_pairs
-    from backends.references.compare import tensors
-    from backends.references.wire import Wire
-
-    cells, same, loads = 0, True, {}
-    for tokens, ranks in itertools.product((16, 32), (2, 4)):
-        inputs = tensors(4, 4, tokens)
-        for layout, causal in itertools.product(LAYOUTS, (False, True)):
-            _, pairs = ring(*inputs, Wire(ranks), layout=layout, causal=causal)
-            areas = unmasked_pairs(layout, tokens, ranks, causal=causal, shift=shift)
-            same &= [sum(p) for p in pairs] == areas
-            same &= gradients_agree(
-                lambda a, b, c, r=ranks, n=layout, m=causal: ring(
-                    a, b, c, Wire(r), layout=n, causal=m
-                )[0],
-                inputs,
-                causal,
-            )
-            if causal and ranks == 4:
-                loads[layout] = max(areas) / (sum(areas) / ranks)
-            cells += 1
+    same, error = exact(*CELLS)
+    areas, busiest = True, {}
+    for name, cell in CELLS.items():
+        found, right = loads(cell, lower_training(cell.model, cell.parallel, cell.work), shift)
+        areas &= right
+        if cell.mask != "full" and cell.ranks == 4:
+            busiest[name] = max(found) / (sum(found) / len(found))
     spots = np.arange(4096)
     causal_mask = spots[:, None] >= spots
     window = causal_mask & (spots[:, None] - spots < 512)
     documents = causal_mask & (spots[:, None] // 1024 == spots // 1024)
     near = [tiles(mask, 64) * 64**2 / int(mask.sum()) for mask in (causal_mask, window, documents)]
     return Finding(
-        same and max(near) < 1.15,
-        f"{cells} cells; busiest rank "
-        + ", ".join(f"{name} {load:.2f}" for name, load in loads.items())
+        same and areas and max(near) < 1.15,
+        f"{len(CELLS)} cells, losses differ by {error:.1e}; busiest rank "
+        + ", ".join(f"{name} {load:.2f}" for name, load in busiest.items())
         + f"; tiles hold {', '.join(f'{n:.2f}' for n in near)} times the unmasked pairs",
-        "a rank computes what its queries see; a kernel skips empty tiles",
-        ("causal, full; causal, window and document masks of 4096 tokens in tiles of 64", ON_CPU),
+        "a rank computes what its rows see, or an even share; a kernel skips empty tiles",
+        (
+            "cells: "
+            + "; ".join(f"{mask} over {len(ways)} ways" for mask, ways in WAYS.items())
+            + "; tokens / ranks "
+            + ", ".join(f"{tokens}/{ranks}" for tokens, ranks in SIZES)
+            + "; where ranks help one another the sum of pairs is compared",
+            "causal, window and document masks of 4096 tokens in tiles of 64; sliding windows "
+            "are in no cell",
+            ON_RANKS,
+        ),
         "cpu",
     )
 
@@ -268,6 +263,7 @@ def long_vita(*, gpus: int = 8, keep_logits: bool = False) -> Finding:
         else "what is saved per token is under four times",
         ("Qwen2.5-14B in bf16 on 8 H100, all but what a process holds beside tensors; the peak of "
          "the lowered passes, logits gathered over tensor ranks", "buffers go with their last "
-         "reader: what an engine holds longer, and a ring's travelling block, are missing", ON_CPU),
+         "reader: what an engine holds longer, and a ring's travelling block, are missing",
+         "executed in float64 on the CPU"),
         "cpu",
     )  # fmt: skip

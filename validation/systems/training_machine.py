@@ -21,6 +21,7 @@ from simcore.program import Program, coordinates
 from simcore.strategy import ParallelStrategy
 from simcore.workloads import TrainStep
 from validation.systems.frame import need_torch
+from validation.systems.training_cells import CELLS
 
 if TYPE_CHECKING:
     from backends.launch import RunResult
@@ -99,16 +100,10 @@ PLANS: dict[str, tuple[ModelSpec, ParallelStrategy]] = {
     "states by chain": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="lasp", zero_stage=3)),
     "states gathered": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="lasp2", zero_stage=1)),
     "states in slices": (SMALL_LINEAR, ParallelStrategy(cp=4, cp_kind="zeco", cp_slices=2)),
-    "query ring": (SMALL, ParallelStrategy(cp=4, cp_kind="token_ring")),
-    "balanced ring": (
-        SMALL,
-        ParallelStrategy(cp=4, cp_kind="lightseq", recompute="keep_attention"),
-    ),
     "dynamic axes": (
         SMALL_GRID,
         ParallelStrategy(cp=2, cp_kind="dsp", dp_shard=2, zero_stage=1),
     ),
-    "attention servers": (SMALL, ParallelStrategy(cp=4, cp_kind="servers", task_rows=1)),
     "folded experts": (
         SMALL_MOE,
         ParallelStrategy(
@@ -148,21 +143,24 @@ def _as_predicted(program: Program, found: RunResult) -> bool:
 
 @cache
 def on_four_ranks() -> dict[str, Ran]:
-    """Run every plan of `PLANS` on four gloo ranks, and one rank alone, in two launches."""
+    """Run all of `PLANS` and `CELLS` on four gloo ranks, and one rank alone, in two launches."""
     need_torch()
     from backends.launch import Job, RunOptions, run_many
 
     options = RunOptions(
         5, repeats=1, warmup=1, dtype="fp64", dump=("losses",), count_flops=True, timeout_s=120
     )
-    models = (SMALL, SMALL_MOE, SMALL_LINEAR, SMALL_GRID)
-    alone = [Job(lower_training(m, ParallelStrategy(), SMALL_STEP), options) for m in models]
-    wanted = {m.name: run for m, run in zip(models, run_many(alone), strict=True)}
-    programs = {n: lower_training(m, plan, SMALL_STEP) for n, (m, plan) in PLANS.items()}
+    plans = {name: (model, plan, SMALL_STEP) for name, (model, plan) in PLANS.items()}
+    plans |= {name: (cell.model, cell.parallel, cell.work) for name, cell in CELLS.items()}
+    bare = {(m.name, w): lower_training(m, ParallelStrategy(), w) for m, _, w in plans.values()}
+    alone = run_many([Job(program, options) for program in bare.values()])
+    wanted = dict(zip(bare, alone, strict=True))
+    programs = {name: lower_training(*plan) for name, plan in plans.items()}
     ran = run_many([Job(program, options) for program in programs.values()])
     found = {}
     for (name, program), run in zip(programs.items(), ran, strict=True):
-        one = wanted[PLANS[name][0].name]
+        model, _, work = plans[name]
+        one = wanted[model.name, work]
         found[name] = Ran(
             max(abs(a / b - 1) for a, b in zip(run.losses, one.losses, strict=True)),
             tuple(float(rank.flops or 0) for rank in run.ranks),
