@@ -92,12 +92,15 @@ def _rows(case: Case) -> int:
 
 
 def _length(case: Case) -> int:
-    """Return the step in which a sequence may grow: documents stay whole."""
-    return math.lcm(_split(case), case[2].seq_len if case[2].documents else 1)
+    """Return the step in which a sequence may grow: documents stay whole, frames divide evenly."""
+    whole = case[2].seq_len if case[2].documents else 1
+    return math.lcm(_split(case), whole, case[0].frames * case[1].cp or 1)
 
 
 def _longest(case: Case) -> int:
     """Return the most tokens that a sequence may have: learned positions are a table."""
+    if case[2].documents:
+        return case[2].seq_len * MOST_REPEATS
     return case[0].max_positions if case[0].position == "learned" else 10**9
 
 
@@ -106,6 +109,7 @@ def _stages(case: Case) -> int:
 
 
 MOST_MICROBATCHES = 4096  # of one replica: schedules that keep memory bounded are flat long before
+MOST_REPEATS = 4096  # of a sequence's documents: every one is tasks of its own to share out
 GROWTHS = {
     "global_batch": Growth(_sequences, lambda c: MOST_MICROBATCHES * _sequences(c), _with_batch),
     "microbatch": Growth(_rows, lambda c: 10**6, _with_microbatch),

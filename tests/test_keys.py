@@ -163,3 +163,18 @@ def test_what_serves_training_alone_is_refused_for_generation(key: str) -> None:
 def test_keys_that_contradict_one_another_are_refused(parallel: Raw, work: Raw, named: str) -> None:
     with pytest.raises(InputError, match=named):
         mw.predict(scenario("dense", parallel, TRAIN | work))
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "work", "unit"),
+    [
+        ("grid", {"cp": 2, "cp_kind": "dsp"}, {}, 2 * 16),
+        ("dense", {"cp": 2, "cp_kind": "servers"}, WORK["documents"], 128),
+    ],
+)
+def test_the_longest_sequence_keeps_frames_and_documents_whole(
+    model: str, parallel: Raw, work: Raw, unit: int
+) -> None:
+    found = mw.largest(scenario(model, parallel, TRAIN | work), "seq_len").metrics
+    assert found["largest"] > 128
+    assert found["largest"] % unit == 0
