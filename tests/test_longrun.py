@@ -143,7 +143,7 @@ def test_bad_questions_are_refused() -> None:
         mw.largest(scenario(), "seq_length")
     generate = {"kind": "generate", "batch": 1, "input_tokens": 8, "output_tokens": 8}
     with pytest.raises(InputError, match="training step"):
-        mw.largest(scenario(workload=generate), "layers")
+        mw.largest(scenario(parallel={"tp": 8}, workload=generate), "layers")
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
