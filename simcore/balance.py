@@ -133,8 +133,9 @@ class Pieces:
 class Menu:
     """What a strategy chooses from.
 
-    ``classes``: padded lengths, ascending; ``seconds``: of one sequence, (classes, degrees), inf
-    where memory does not hold it or heads do not divide; ``kind``: class of every sequence.
+    ``classes``: padded lengths, ascending; ``seconds``: of one sequence in a full piece, (classes,
+    degrees), inf where memory does not hold it or heads do not divide; ``kind``: class of every
+    sequence.
     """
 
     lanes: int
@@ -174,9 +175,14 @@ class Menu:
         That is what [parallel].microbatch says, or what fits into memory.
         """
         room = self.rooms[self.column(degree)] if self.rooms else math.inf
-        count = int(max(1, min(self.microbatch, room // self.tokens(kind, degree))))
+        count = _together(self.microbatch, room, self.tokens(kind, degree))
         for first in range(0, len(numbers), count):
             yield tuple(numbers[first : first + count])
+
+
+def _together(microbatch: int, room: float, tokens: int) -> int:
+    """Return how many sequences of so many tokens a piece holds, up to ``microbatch``."""
+    return int(max(1, min(microbatch, room // tokens)))
 
 
 def degrees_of(model: ModelSpec, parallel: ParallelStrategy) -> list[int]:
@@ -209,6 +215,7 @@ def make_menu(
     degrees = [d for d in degrees_of(model, parallel) if degrees is None or d in degrees]
     units = [unit_of(parallel, degree) for degree in degrees]
     seconds = np.full((known.size, len(degrees)), np.inf)
+    rooms = [_room(pieces, int(known[0]), *each) for each in zip(degrees, units, strict=True)]
     single = parallel.cp  # a degree for all sequences is priced for short ones too
     for column, (degree, unit) in enumerate(zip(degrees, units, strict=True)):
         variants = [Variant(-(-int(n) // unit) * unit, 1, degree) for n in known]
@@ -218,7 +225,10 @@ def make_menu(
         for row, variant in enumerate(variants[:room]):
             long = variant.tokens >= LEAST_ROWS * degree or not np.isfinite(seconds[row]).any()
             if long or degree in (single, parallel.cp) or variant.tokens < LEAST_ROWS:
-                seconds[row, column] = pieces.seconds(variant)
+                alike = 1 << (int((kind == row).sum()) - 1).bit_length()
+                most = min(parallel.microbatch, alike)
+                count = _together(most, rooms[column], variant.tokens)
+                seconds[row, column] = pieces.seconds(variant._replace(batch=count)) / count
     if not np.isfinite(seconds[-1]).any():
         raise InputError(
             f"a sequence of {known[-1]} tokens fits no group of up to {degrees[-1]} lanes: use "
@@ -233,14 +243,17 @@ def make_menu(
         tuple(units),
         parallel.cp,
         parallel.microbatch,
-        tuple(_room(pieces, int(known[0]), *each) for each in zip(degrees, units, strict=True))
-        if parallel.microbatch > 1 and pieces.memory_bytes < math.inf
-        else (),
+        tuple(rooms),
     )
 
 
 def _room(pieces: Pieces, length: int, degree: int, unit: int) -> float:
-    """Return the tokens that a group's memory holds, whose bytes grow evenly with them."""
+    """Return the tokens that a group's memory holds, whose bytes grow evenly with them.
+
+    Any number where memory is not bounded, or pieces have one sequence anyway.
+    """
+    if pieces.parallel.microbatch == 1 or pieces.memory_bytes == math.inf:
+        return math.inf
     one = Variant(-(-length // unit) * unit, 1, degree)
     low, high = (pieces.quick(one._replace(batch=count))[1] for count in (1, 2))
     left = pieces.memory_bytes - pieces.reserve_bytes - low
@@ -250,6 +263,8 @@ def _room(pieces: Pieces, length: int, degree: int, unit: int) -> float:
 def _holding(pieces: Pieces, variants: Sequence[Variant]) -> int:
     """Return how many of the variants, in order of length, fit; memory grows with the length."""
     low, high = 0, len(variants)
+    if pieces.fits(variants[-1]):
+        return high
     while low < high:
         middle = (low + high) // 2
         if pieces.fits(variants[middle]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +150,7 @@ def positions(split: SequenceSplit, length: int, place: int, part: int) -> NDArr
     return np.split(held(length, split.ring, place), split.ulysses)[part]
 
 
+@lru_cache(maxsize=1024)  # a ring's passes, and its layers, ask for the same ones
 def tiles(split: SequenceSplit, rows: int, step: int, causal: bool) -> tuple[Tile, ...]:
     """Return per ring place its tile of step ``step``, where it has keys of `SequenceSplit.source`.
 

@@ -1,9 +1,7 @@
-"""Checks of sequences of unequal length: groups, dynamic ranks, attention servers, masks."""
+"""Checks of attention over sequences of unequal length: servers, masks, long prefills."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from functools import cache
 
@@ -22,30 +20,8 @@ from validation.systems.training_cells import CELLS, SIZES, WAYS, loads
 from validation.systems.training_machine import ON_RANKS, exact
 from validation.systems.training_sequences import largest
 
-RATE = 0.5 * 312e12  # an A100 at half of its peak
-NODE_RATE, NIC_RATE = 240e9, 25e9  # bytes/s of a rank inside a node and between nodes
 LAYERS, WIDTH = 32, 4096  # a 7B network
 MODEL = "llama-2-7b"
-ROOM = 16384.0  # tokens whose activations a rank holds, none recomputed
-LAUNCH_S = 2e-5  # of one collective
-
-
-def work_flops(length: float) -> float:
-    """Return the FLOPs of a sequence's step, causal attention counted as half."""
-    model = load_model(MODEL)
-    each = 6 * parameter_count(model)
-    return length * (each + 6 * LAYERS * WIDTH * length)
-
-
-@cache
-def seconds(length: float, degree: int, nic: float = NIC_RATE) -> float:
-    """Return the seconds of a sequence over ``degree`` ranks: compute and exposed all-to-alls."""
-    if degree == 1:
-        return work_flops(length) / RATE
-    rate = NODE_RATE if degree <= 8 else nic
-    shard = length / degree * WIDTH * 2
-    moved = 3 * LAYERS * 4 * (shard * (degree - 1) / degree / rate + LAUNCH_S)
-    return work_flops(length) / degree / RATE + moved
 
 
 def drawn(count: int, sigma: float, seed: int, longest: float = 262144.0) -> list[float]:
@@ -53,84 +29,6 @@ def drawn(count: int, sigma: float, seed: int, longest: float = 262144.0) -> lis
     random = np.random.default_rng(seed)
     found = np.clip(random.lognormal(math.log(2048), sigma, count), 128, longest)
     return sorted(found.tolist(), reverse=True)
-
-
-@check("G3.8", mutant={"nic": 1e15})
-def bytescale(*, ranks: int = 256, nic: float = NIC_RATE) -> Finding:
-    """Ranks per sequence against one degree for all, as the tail of lengths grows heavier.
-
-    ``nic``: bytes per second between nodes; a free link leaves nothing to save.
-    """
-    longest = 2.0**21
-    static_degree = int(longest / ROOM)
-    ratios = []
-    for share in (0.5, 0.1, 0.02, 0.004, 0.0005):
-        random = np.random.default_rng(8)
-        short = random.uniform(256, 4096, 2000)
-        lengths = [longest, *np.where(random.random(2000) < share, 131072.0, short).tolist()]
-        groups = ranks // static_degree
-        ends = [0.0] * groups
-        for length in sorted(lengths, reverse=True):
-            heapq.heapreplace(ends, ends[0] + seconds(length, static_degree, nic))
-        dynamic = max(
-            sum(
-                seconds(x, d, nic) * d
-                for x in lengths
-                for d in [2 ** max(0, math.ceil(math.log2(x / ROOM)))]
-            )
-            / ranks,
-            seconds(longest, ranks, nic),
-        )
-        ratios.append(max(ends) / dynamic)
-    rises = all(a < b for a, b in itertools.pairwise(ratios))
-    return Finding(
-        rises and max(ratios) >= 7.89,
-        f"{', '.join(f'{r:.2f}' for r in ratios)} as long sequences fall from 50 % to 0.05 %",
-        "short sequences pay all-to-alls over the degree that the longest one needs"
-        if max(ratios) >= 7.89
-        else "the maximum is not reached: padding and imbalance inside a static batch are missing",
-        ("256 ranks, longest 2M tokens, others 256 to 4096 or 128K", "7B on A100 at half of its "
-         "peak"),
-    )  # fmt: skip
-
-
-@check("G3.9", mutant={"split": False})
-def zeppelin(*, ranks: int = 32, split: bool = True) -> Finding:
-    """Load of long sequences split by level and short ones kept local, and the mean gain."""
-    loads, gains, shares = [], [], []
-    for sigma in (0.8, 1.2, 1.6):
-        for seed in range(3):
-            lengths = drawn(256, sigma, seed, ROOM * ranks / 2)
-            total = sum(work_flops(x) for x in lengths)
-            load = [0.0] * ranks
-            remap = 0.0
-            for length in lengths:
-                degree = 1
-                while split and work_flops(length) / degree > total / ranks / 4 and degree < ranks:
-                    degree *= 2
-                chosen = np.argsort(load)[:degree]
-                for r in chosen:
-                    load[r] += work_flops(length) / degree
-                remap += length * WIDTH * 2 * (degree > 1)
-            loads.append(max(load) / (total / ranks))
-            mine = max(load) / RATE + 2 * remap / ranks / NIC_RATE
-            shares.append(2 * remap / ranks / NIC_RATE / mine)
-            theirs = sum(seconds(x, ranks) for x in lengths)
-            gains.append(theirs / mine)
-    mean = float(np.mean(gains))
-    return Finding(
-        max(loads) < 1.1 and min(gains) <= 2.80 <= max(gains),
-        f"busiest rank {min(loads):.3f} to {max(loads):.3f} of the mean; {min(gains):.2f}x to "
-        f"{max(gains):.2f}x (mean {mean:.2f}) over one context-parallel group; remapping "
-        f"{max(shares):.1%} of a step",
-        "a sequence is split until no part exceeds a quarter of a rank's share"
-        if max(loads) < 1.1
-        and min(gains) <= 2.80 <= max(gains)
-        else "too little gained: what short pieces cost the baseline's kernels and its uneven use"
-        " of NICs are not modelled",
-        ("256 log-normal sequences on 32 ranks", "the layout between attention and linear parts is "
-         "remapped over the network and charged"),
-    )  # fmt: skip
 
 
 @check("G3.10", mutant={"task": 1e9})
