@@ -39,7 +39,7 @@ from validation.compare import validate_cases  # noqa: E402
 from validation.grid import Case as GridCase  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NAMES = ("ring_attention", "experts", "zero_bubble", "dualpipev")
+NAMES = ("ring_attention", "lightseq", "frames", "experts", "zero_bubble", "dualpipev")
 MIXTRAL = replace(LLAMA, name="mixtral-like", experts=4, experts_per_token=2, moe_ffn=64, ffn=0)
 FRAMES = replace(GPT2, causal=False, frames=4, mixers=("space", "time") * 2, tied_embeddings=False)
 HYBRID = replace(LLAMA, name="hybrid", mixers=("linear", "mha") * 2)
