@@ -24,6 +24,7 @@ from simcore.balance import (
     flexsp,
     make_menu,
     one_degree,
+    piece_ends,
 )
 from simcore.catalogue import load_model
 from simcore.engine import simulate
@@ -31,13 +32,14 @@ from simcore.errors import InputError
 from simcore.lengths import length_classes, lognormal_lengths
 from simcore.lower import lower_training
 from simcore.metrics import step_flops
-from simcore.mixed import Variant, lower_mixed
+from simcore.mixed import Assignment, Piece, Variant, lower_mixed
 from simcore.mixed_engine import lane_sets, simulate_mixed
 from simcore.models import ModelSpec
 from simcore.scenario import load_scenario
 from simcore.strategy import ParallelStrategy
 from simcore.timeline import Timeline
 from simcore.workloads import TrainStep
+from validation.plots import lanes_figure
 
 MODEL = ModelSpec("mine", 4, 512, 8, 8, 64, 1024, 1000)
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_lengths.toml"
@@ -140,6 +142,18 @@ def test_equal_sets_of_lanes_are_simulated_once() -> None:
     sets = lane_sets(mixed)
     assert [each.lanes for each in sets] == [(lane,) for lane in range(8)]
     assert len({each.shape(mixed) for each in sets}) == 2
+
+
+def test_the_picture_of_lanes_has_every_piece_where_it_runs() -> None:
+    pieces = pieces_of(ParallelStrategy(dp_replicate=4), [64, 512, 2048, 64])
+    found = Assignment(
+        4, (Piece((2,), 2048, 0, 4), Piece((1,), 512, 0, 2), Piece((0, 3), 64, 2, 1))
+    )
+    (axes,) = lanes_figure(found, lambda piece: pieces.seconds(piece.variant)).axes
+    drawn = [box.get_paths()[0].get_extents() for box in axes.collections]
+    assert [(box.y0 + 0.5, box.height) for box in drawn] == [(0, 4), (0, 2), (2, 1)]
+    assert drawn[1].x0 == drawn[2].x0 == pytest.approx(drawn[0].x1)
+    assert max(box.x1 for box in drawn) == pytest.approx(1e3 * piece_ends(pieces, found).max())
 
 
 # ---------------------------------------------------------------- strategies

@@ -6,6 +6,7 @@ from validation.plots.canvas import COLOURS, png_bytes, save_png, write_bytes
 from validation.plots.curves import curves_figure
 from validation.plots.errors import error_bars, error_colour, ranking_figure, scatter_figure
 from validation.plots.hardware import roofline_figure
+from validation.plots.lanes import lanes_figure
 from validation.plots.parts import parts_figure
 from validation.plots.timelines import boxes, category, schedule_figure, timeline_figure
 
@@ -16,6 +17,7 @@ __all__ = [
     "curves_figure",
     "error_bars",
     "error_colour",
+    "lanes_figure",
     "parts_figure",
     "png_bytes",
     "ranking_figure",
